@@ -1,0 +1,121 @@
+"""What every gate is: the interface a layer talks to (layer 1)."""
+
+import inspect
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from radargate_pl.experts import ExpertBank
+from radargate_pl.precision import Float32Module
+from radargate_pl.rotations import NoRotation, Rotation
+
+
+@dataclass(frozen=True)
+class Site:
+    """All a gate may know about its layer before weights exist.
+
+    Attributes:
+        path: module path of the layer inside the backbone.
+        in_features: width of the layer's input.
+        out_features: width of its output.
+        rank: largest rank of the experts there.
+        experts: names of the experts present there, in library order.
+        stream: whose tokens the layer's input holds, "decoder" or "encoder".
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    rank: int
+    experts: tuple[str, ...]
+    stream: str = "decoder"
+
+
+@dataclass
+class Context:
+    """What gates know about the batch; one per network, replaced by the next forward and never cleared.
+
+    Clearing it after the forward would break the recomputation of activation checkpointing, or silently change its
+    gradients.
+
+    Attributes:
+        expert: library id of each example's own expert, (examples,) int64, -1 for none; beams and choices repeat rows
+            side by side.
+        tokens: stream name to the mask of real tokens, (examples, length) bool.
+        active: the distinct ids in ``expert``, read once per batch so that no layer waits for the device.
+    """
+
+    expert: Tensor | None = None
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    active: tuple[int, ...] | None = None
+
+    def replace(self, expert: Tensor | None = None, tokens: dict[str, Tensor] | None = None) -> None:
+        """Take over the ids and masks of the next batch."""
+        self.expert = expert
+        self.tokens = tokens or {}
+        self.active = None if expert is None else tuple(sorted(set(expert.tolist()) - {-1}))
+
+
+class Routing(NamedTuple):
+    """What a gate decides, in float32.
+
+    Attributes:
+        weights: factor of each kept expert, (..., K); 0 means not chosen. K = E when ``indices`` is ``None``.
+        indices: local indices of the kept experts, (..., K) int64, or ``None`` for all in order.
+        logits: scores before selection, (..., E), or ``None`` for gates without scores.
+    """
+
+    weights: Tensor
+    indices: Tensor | None
+    logits: Tensor | None
+
+
+class Gate(Float32Module):
+    """Scores and selects the experts of one layer; never touches anything ``out`` wide.
+
+    A new gate writes one method, `forward`, and stores every constructor argument under its own name, so that a run can
+    print and save exactly what was built.
+
+    Args:
+        site: the layer the gate is for.
+
+    Attributes:
+        rotation: what is done to the kept experts' outputs before they are summed.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.rotation: Rotation = NoRotation()
+
+    def bind(self, bank: ExpertBank) -> None:
+        """Look at the experts once, when the gate is attached (for prototypes and the like)."""
+
+    def active(self, bank: ExpertBank, context: Context) -> tuple[int, ...] | None:
+        """Return the local indices of the only experts that can be chosen in this batch; ``None`` means any.
+
+        The other experts are not evaluated, and while experts train their gradients stay ``None``.
+        """
+        return None
+
+    @abstractmethod
+    def forward(self, x: Tensor, latents: Tensor, bank: ExpertBank, context: Context) -> Routing:
+        """Decide the weights.
+
+        Args:
+            x: layer input, (..., in), the backbone's dtype.
+            latents: latents of the experts (the active ones), (..., E, r), the experts' dtype.
+            bank: the layer's experts.
+            context: ids and masks of the batch.
+        """
+
+    def arguments(self) -> dict[str, Any]:
+        """Return every constructor argument but the site, by name."""
+        names = list(inspect.signature(type(self).__init__).parameters)[2:]
+        return {name: getattr(self, name) for name in names}
+
+    def line(self) -> str:
+        """Describe gate and rotation as built, in one line, e.g. ``RadarGate(top_k=2, scorer=x, ...)``."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self.arguments().items())})"

@@ -1,0 +1,87 @@
+"""Gates without parameters: uniform, fixed weights, and each example's own expert (layer 1)."""
+
+import torch
+from torch import Tensor
+
+from radargate_pl.experts import ExpertBank
+from radargate_pl.gates.base import Context, Gate, Routing, Site
+from radargate_pl.ops import gate_dtype
+
+
+class UniformGate(Gate):
+    """The plain average of all experts present at the layer: ``g_i = 1 / E``."""
+
+    def forward(self, x: Tensor, latents: Tensor, bank: ExpertBank, context: Context) -> Routing:
+        """Weigh every expert the same; see `Gate.forward`."""
+        return _constant([1 / bank.num_experts] * bank.num_experts, latents)
+
+
+class FixedGate(Gate):
+    """The same weights for every token: ``g_i = weights[i]``, not normalised, of any sign.
+
+    Args:
+        site: the layer (given by the network, never in a config).
+        weights: expert name to weight; experts not named get 0 and are not evaluated.
+
+    Raises:
+        ValueError: when ``weights`` is empty or names an expert that is not in the library.
+    """
+
+    def __init__(self, site: Site, weights: dict[str, float]) -> None:
+        super().__init__(site)
+        if not weights:
+            raise ValueError("Expected weights to name at least one expert, but got {}.")
+        self.weights = dict(weights)
+
+    def bind(self, bank: ExpertBank) -> None:
+        """Refuse names that are not in the library."""
+        unknown = sorted(set(self.weights) - set(bank.library))
+        if unknown:
+            raise ValueError(f"Expected weights to name experts of {list(bank.library)}, but got {unknown}.")
+
+    def active(self, bank: ExpertBank, context: Context) -> tuple[int, ...]:
+        """Return the experts with a weight other than 0."""
+        return tuple(i for i, name in enumerate(bank.names) if self.weights.get(name, 0.0) != 0.0)
+
+    def forward(self, x: Tensor, latents: Tensor, bank: ExpertBank, context: Context) -> Routing:
+        """Return the given weights; see `Gate.forward`."""
+        return _constant([self.weights.get(name, 0.0) for name in bank.names], latents)
+
+
+class TaskGate(Gate):
+    """Each example's own expert with weight 1, by ``context.expert``; an example without one gets no update.
+
+    The upper reference "right expert given", and the gate under which a library of experts trains: every example
+    touches only its own expert.
+
+    Raises:
+        ValueError: in forward, when the batch carries no expert ids.
+    """
+
+    def active(self, bank: ExpertBank, context: Context) -> tuple[int, ...]:
+        """Return the experts of this batch's examples that are present here."""
+        wanted = self._expert_ids(context)[1]
+        return tuple(local for local, library_id in enumerate(bank.ids) if library_id in wanted)
+
+    def forward(self, x: Tensor, latents: Tensor, bank: ExpertBank, context: Context) -> Routing:
+        """Look up each example's expert; see `Gate.forward`."""
+        expert, _ = self._expert_ids(context)
+        local = torch.full_like(expert, -1)
+        for index, library_id in enumerate(bank.ids):
+            local = torch.where(expert == library_id, index, local)
+        repeats = x.shape[0] // local.shape[0]  # beams and choices, or the positions of an input already flattened
+        rows = local.repeat_interleave(repeats).view(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:-1], 1)
+        return Routing((rows >= 0).to(gate_dtype(latents.dtype)), rows.clamp_min(0), None)
+
+    def _expert_ids(self, context: Context) -> tuple[Tensor, tuple[int, ...]]:
+        if context.expert is None or context.active is None:
+            raise ValueError(
+                f"TaskGate at {self.site.path}: expected the batch to carry the expert id of each example, but got none. "
+                "Pass `expert=` to the network, or choose a gate that does not need it."
+            )
+        return context.expert, context.active
+
+
+def _constant(weights: list[float], latents: Tensor) -> Routing:
+    row = torch.tensor(weights, dtype=gate_dtype(latents.dtype), device=latents.device)
+    return Routing(row.expand(*latents.shape[:-2], -1), None, None)

@@ -1,0 +1,117 @@
+"""RadarGate and its rotation-only half (layer 1)."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from radargate_pl.experts import ExpertBank
+from radargate_pl.gates.base import Context, Gate, Routing, Site
+from radargate_pl.gates.scorers import ScorerName
+from radargate_pl.gates.stretch import Renormalize, StretchGate, check_top_k
+from radargate_pl.ops import gate_dtype
+from radargate_pl.rotations import AngleNorm, RadarRotation
+
+RotationSharing = Literal["shared"]
+
+
+class RadarGate(StretchGate):
+    """Rotate each kept expert by angles learned from its interaction with the others, then stretch it by its weight.
+
+    ``y = x W + sum_i g_i rotate(v_i, a_i)``, ``a_i = ((v_i * (S - v_i)) P) Q``. Trains the scorer, P and Q; Q starts at
+    zero, where this gate is exactly StretchGate.
+
+    Args:
+        site: the layer (given by the network, never in a config).
+        top_k: experts kept and rotated per token.
+        scorer: "x" or "experts"; see StretchGate.
+        temperature: divides the logits.
+        renormalize: "auto", "always" or "never"; see StretchGate.
+        rotation_rank: rank of the angle matrix theta_r = P Q.
+        rotation_sharing: "shared": one P and Q per layer for all experts.
+        angle_norm: "rms" makes angles independent of the size of the expert outputs; "none" is the paper's form, whose
+            angles are quadratic in outputs that are small in practice, so that it hardly rotates.
+
+    Raises:
+        ValueError: for values out of range and unknown names.
+
+    Source: arXiv 2505.23184, eq. 4-8 and 13-20; low-rank form section 4.3; ``angle_norm: rms`` is ours.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        top_k: int = 2,
+        scorer: ScorerName = "x",
+        temperature: float = 1.0,
+        renormalize: Renormalize = "auto",
+        rotation_rank: int = 8,
+        rotation_sharing: RotationSharing = "shared",
+        angle_norm: AngleNorm = "rms",
+    ) -> None:
+        super().__init__(site, top_k, scorer, temperature, renormalize)
+        check_rotation_sharing(rotation_sharing)
+        self.rotation_rank = rotation_rank
+        self.rotation_sharing = rotation_sharing
+        self.angle_norm = angle_norm
+        self.rotation = RadarRotation(site.out_features, rotation_rank, angle_norm)
+
+
+class RotationGate(Gate):
+    """Rotation without a learned stretch: the ``top_k`` experts with the largest outputs, weights ``1 / top_k``.
+
+    The paper does not say what its rotation-only rows do about the weights; choosing by ``|v_i|``, which has no
+    parameter, is our reading (INFERRED). Trains P and Q only.
+
+    Args:
+        site: the layer (given by the network, never in a config).
+        top_k: experts kept and rotated per token.
+        rotation_rank: rank of the angle matrix theta_r = P Q.
+        rotation_sharing: "shared": one P and Q per layer for all experts.
+        angle_norm: "rms" or "none"; see RadarGate.
+
+    Raises:
+        ValueError: for values out of range and unknown names.
+
+    Source: arXiv 2505.23184, tables ("rotation-only"); selection inferred.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        top_k: int = 2,
+        rotation_rank: int = 8,
+        rotation_sharing: RotationSharing = "shared",
+        angle_norm: AngleNorm = "rms",
+    ) -> None:
+        super().__init__(site)
+        check_top_k(top_k)
+        check_rotation_sharing(rotation_sharing)
+        self.top_k = top_k
+        self.rotation_rank = rotation_rank
+        self.rotation_sharing = rotation_sharing
+        self.angle_norm = angle_norm
+        self.rotation = RadarRotation(site.out_features, rotation_rank, angle_norm)
+
+    def bind(self, bank: ExpertBank) -> None:
+        """Refuse a ``top_k`` above the number of experts in the library."""
+        check_top_k(self.top_k, bank)
+
+    def forward(self, x: Tensor, latents: Tensor, bank: ExpertBank, context: Context) -> Routing:
+        """Keep the experts with the largest outputs; see `Gate.forward`."""
+        kept = min(self.top_k, bank.num_experts)
+        norms = bank.norms(latents.detach())
+        weights = norms.new_full((*latents.shape[:-2], kept), 1 / kept, dtype=gate_dtype(latents.dtype))
+        if kept == bank.num_experts:
+            return Routing(weights, None, None)
+        indices = norms.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
+        return Routing(weights, indices, None)
+
+
+def check_rotation_sharing(rotation_sharing: str) -> None:
+    """Refuse any sharing of P and Q other than one pair per layer.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if rotation_sharing != "shared":
+        raise ValueError(f"Expected rotation_sharing to be 'shared', but got {rotation_sharing!r}.")

@@ -1,0 +1,88 @@
+"""Rotations of expert outputs before they are mixed (layer 1)."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from radargate_pl.ops import rms_normalize, rotate
+from radargate_pl.precision import Float32Module
+
+AngleNorm = Literal["none", "rms"]
+
+
+class Rotation(Float32Module):
+    """What happens to an expert between its latents and the mixture; this base class changes nothing.
+
+    A rotation acts on the latents (before the lift to ``out``), on the outputs (after it), or on neither. ``mix`` lifts
+    the chosen experts one by one only when ``acts_on_outputs`` is true; otherwise the mixture is one GEMM.
+    """
+
+    acts_on_outputs: bool = False
+
+    def latents(self, latents: Tensor, x: Tensor, indices: Tensor | None) -> Tensor:
+        """Transform latents (..., E, r) given the layer input x (..., in) and the chosen indices (..., K)."""
+        return latents
+
+    def outputs(self, v: Tensor, total: Tensor, expert: Tensor | int) -> tuple[Tensor, Tensor | None]:
+        """Transform one expert's output per token.
+
+        Args:
+            v: outputs of one expert per token, (..., out), float32.
+            total: sum of all experts' outputs, (..., out), float32.
+            expert: local index of the expert of each token, (...) int64, or one index for all tokens.
+
+        Returns:
+            The transformed output (..., out) and its angles in radians (..., out // 2), or ``None``.
+        """
+        return v, None
+
+
+class NoRotation(Rotation):
+    """The identity: experts are only stretched."""
+
+
+class RadarRotation(Rotation):
+    r"""Rotate ``v_i`` by angles that come from its interaction with all other experts.
+
+    ``a_i = (U_i P) Q`` with ``U_i = v_i * (S - v_i)``, ``P`` (out, rank), ``Q`` (rank, out // 2), shared by all
+    experts; ``vt_i = rotate(v_i, a_i)``. With ``norm="rms"`` both factors of ``U_i`` are divided by their root mean
+    square first, so that angles depend neither on the size of the LoRA outputs nor on the number of experts. ``Q``
+        starts at zero: no rotation.
+
+    Args:
+        out_features: width of the expert outputs; with an odd width the last coordinate stays.
+        rank: rank of the angle matrix theta_r = P Q (r_a of the paper).
+        norm: "none" (the paper's form) or "rms" (scale-free).
+
+    Raises:
+        ValueError: when ``rank`` is below 1 or ``norm`` is unknown.
+
+    Source: arXiv 2505.23184, eq. 4-8, 17-20 and section 4.3; shapes of P and Q repaired (theta_r is out x out // 2).
+    """
+
+    acts_on_outputs = True
+
+    def __init__(self, out_features: int, rank: int = 8, norm: AngleNorm = "rms") -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"Expected rotation_rank to be at least 1, but got {rank}.")
+        if norm not in ("none", "rms"):
+            raise ValueError(f"Expected angle_norm to be 'none' or 'rms', but got {norm!r}.")
+        self.norm = norm
+        bound = 1 / math.sqrt(out_features)
+        self.P = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32).uniform_(-bound, bound))
+        self.Q = nn.Parameter(torch.zeros(rank, out_features // 2, dtype=torch.float32))
+
+    def angles(self, v: Tensor, total: Tensor) -> Tensor:
+        """Compute the angles ``a = (U P) Q`` in radians: v and total (..., out) to (..., out // 2), float32."""
+        others = total - v
+        if self.norm == "rms":
+            v, others = rms_normalize(v), rms_normalize(others)
+        return (v * others) @ self.P @ self.Q
+
+    def outputs(self, v: Tensor, total: Tensor, expert: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Rotate ``v`` (..., out) by its angles; see `Rotation.outputs`."""
+        angles = self.angles(v, total)
+        return rotate(v, angles), angles

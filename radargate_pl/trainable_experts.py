@@ -1,0 +1,67 @@
+"""Experts that train: parameters of their own instead of one stacked tensor (layer 1)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from radargate_pl.experts import ExpertBank
+from radargate_pl.ops import gate_dtype
+
+
+class TrainableExpertBank(ExpertBank):
+    """An `ExpertBank` whose experts train, in float32.
+
+    Each expert is a parameter pair of its own, ``lora_A.<expert>`` (r_i, in) and ``lora_B.<expert>`` (out, r_i),
+    unpadded: the gradient of an expert that a batch does not use stays ``None``. Slices of one stacked parameter would
+        get zeros
+    instead and drift by the optimiser's momentum. Experts given the very same A tensor share one parameter (HydraLoRA).
+
+    Args and errors: those of `ExpertBank`.
+    """
+
+    trainable = True
+    keeps_float32 = True
+    lora_A: nn.ParameterDict  # type: ignore[assignment]
+    lora_B: nn.ParameterDict  # type: ignore[assignment]
+
+    def _store(self, lora_A: list[Tensor], lora_B: list[Tensor]) -> None:
+        self.lora_A = self._parameters_of(lora_A)
+        self.lora_B = self._parameters_of(lora_B)
+
+    def _parameters_of(self, weights: list[Tensor]) -> nn.ParameterDict:
+        made: dict[int, nn.Parameter] = {}
+        for weight in weights:
+            if id(weight) not in made:
+                made[id(weight)] = nn.Parameter(weight.detach().to(gate_dtype(weight.dtype)).clone())
+        return nn.ParameterDict({state_key(n): made[id(w)] for n, w in zip(self.names, weights, strict=True)})
+
+    def expert_weights(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return A (r_i, in) and B (out, r_i) of one expert: the parameters themselves."""
+        return self.lora_A[state_key(name)], self.lora_B[state_key(name)]
+
+    def _padded_pair(self, index: int) -> tuple[Tensor, Tensor]:
+        lora_A, lora_B = self.expert_weights(self.names[index])
+        return self._pad(lora_A, 0), self._pad(lora_B, 1)
+
+    def _stacked_A(self, active: tuple[int, ...] | None) -> Tensor:
+        return torch.cat([self._padded_pair(index)[0] for index in self._chosen(active)])
+
+    def _stacked_B(self, active: tuple[int, ...] | None) -> Tensor:
+        return torch.cat([self._padded_pair(index)[1] for index in self._chosen(active)], dim=1)
+
+    def _chosen(self, active: tuple[int, ...] | None) -> tuple[int, ...]:
+        return tuple(range(self.num_experts)) if active is None else active
+
+    def _cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        return build()  # B changes with every step
+
+
+def state_key(name: str) -> str:
+    """Return the expert's name as it stands in state-dict keys, where a dot would start a new level.
+
+    Example:
+        >>> state_key("qwen2.5-maths")
+        'qwen2%2E5-maths'
+    """
+    return name.replace(".", "%2E")
