@@ -1,0 +1,109 @@
+"""Tokenised records on disk, found again by content: nothing is pickled, a write is whole or absent."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from radargate_pl.data.records import Record
+from radargate_pl.folders import cache_folder
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of many records, laid end to end.
+
+    Args:
+        prompts: (sum of prompt lengths,) int32 token ids.
+        prompt_ends: (examples,) int64, where each prompt ends in `prompts`.
+        answers: (sum of answer lengths,) int32 token ids, end tokens included.
+        answer_ends: (examples,) int64, where each answer ends in `answers`.
+        kept: (examples,) int64, which record each example was made of.
+        truncated: (examples,) bool, whether the source lost its middle.
+    """
+
+    prompts: NDArray[np.int32]
+    prompt_ends: NDArray[np.int64]
+    answers: NDArray[np.int32]
+    answer_ends: NDArray[np.int64]
+    kept: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def prompt(self, index: int) -> list[int]:
+        """Token ids of the prompt of example `index`."""
+        return _piece(self.prompts, self.prompt_ends, index)
+
+    def answer(self, index: int) -> list[int]:
+        """Token ids of the answer of example `index`, end token included."""
+        return _piece(self.answers, self.answer_ends, index)
+
+
+def pack(prompts: Sequence[list[int]], answers: Sequence[list[int]], kept: list[int], truncated: list[bool]) -> Encoded:
+    """Lay lists of token ids end to end."""
+    return Encoded(
+        prompts=np.fromiter((token for ids in prompts for token in ids), np.int32),
+        prompt_ends=np.cumsum([len(ids) for ids in prompts], dtype=np.int64),
+        answers=np.fromiter((token for ids in answers for token in ids), np.int32),
+        answer_ends=np.cumsum([len(ids) for ids in answers], dtype=np.int64),
+        kept=np.array(kept, np.int64),
+        truncated=np.array(truncated, np.bool_),
+    )
+
+
+def content_key(records: Sequence[Record], encoder_key: str) -> str:
+    """SHA-256 of everything that token ids depend on: the texts, and the encoder's own key.
+
+    Ids, file names and places are left out, so renamed or moved files still hit.
+    """
+    digest = hashlib.sha256(f"{FORMAT_VERSION}\n{encoder_key}\n".encode())
+    for record in records:
+        digest.update(json.dumps([record.source, record.targets[0], record.rationale]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def read_encoded(key: str) -> Encoded | None:
+    """The entry of `key`, or None when there is none. A damaged entry counts as none and is written anew."""
+    path = _path(key)
+    if not path.is_file():
+        return None
+    try:
+        arrays = load_file(path)
+        return Encoded(**{field.name: arrays[field.name] for field in fields(Encoded)})
+    except (SafetensorError, OSError, KeyError):
+        path.unlink(missing_ok=True)
+        return None
+
+
+def write_encoded(key: str, encoded: Encoded) -> None:
+    """Write the entry of `key`: first beside it, then renamed, so that readers see a whole file or none."""
+    path = _path(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{key[:16]}-", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file({field.name: getattr(encoded, field.name) for field in fields(Encoded)}, name)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / "tokens" / f"{key}.safetensors"
+
+
+def _piece(tokens: NDArray[np.int32], ends: NDArray[np.int64], index: int) -> list[int]:
+    start = int(ends[index - 1]) if index else 0
+    return [int(token) for token in tokens[start : int(ends[index])]]

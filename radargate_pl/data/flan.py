@@ -1,0 +1,253 @@
+"""FlanMixture: a mixture of tasks as a LightningDataModule."""
+
+import os
+from typing import Any, Literal
+
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from radargate_pl.data.cache import Encoded, content_key, read_encoded, write_encoded
+from radargate_pl.data.examples import Collator, EncodedTask, Example, ExampleSet
+from radargate_pl.data.library import Limits, Task, read_tasks
+from radargate_pl.data.mixing import Mixing, MixtureSampler, epoch_counts
+from radargate_pl.data.procedural import default_sizes
+from radargate_pl.data.prompts import RecordEncoder
+from radargate_pl.data.records import SPLITS, BadRecords, Split
+from radargate_pl.data.sources import Tasks, expand
+
+DEFAULT_SEED = 42
+
+
+class FlanMixture(LightningDataModule):
+    """Tasks from files, folders, the hub or reasoning-gym, mixed as FLAN mixes them.
+
+    Usable alone:
+
+        data = FlanMixture(tasks=["reasoning_gym:chain_sum"], tokenizer="smollm2-135m-q4")
+        data.prepare_data()
+        data.setup("fit")
+
+    Args:
+        tasks: A folder, a file (`.jsonl`, `.jsonl.gz`, `.parquet`), a hub id (`openai/gsm8k?config=main`, or `hub:` and
+            a local folder in the hub's layout) or `reasoning_gym:<name>?option=value`; a list of them; or
+            `{name: one of them}`.
+        tokenizer: The backbone whose tokenizer is used: hub id, folder, `.gguf` file or a built-in name.
+        mixing: Shares in an epoch: `proportional` to size with a cap, `equal`, or `{task: weight}`.
+        max_examples: Train examples a task uses at most; all when null (1000 for a reasoning_gym task).
+        validation_examples: The last so many train records of each file are validation, never the test file.
+        test_examples: Test examples a task uses at most; all when null (200 for a reasoning_gym task).
+        batch_size: Examples a batch.
+        max_length: Tokens of prompt and answer together. A longer source loses its middle, an answer nothing.
+        prompt: `chat` (the tokenizer's chat template), `plain`, or a template with `{source}` in it.
+        target: Train on the `answer`, or on the `rationale` followed by the answer.
+        mixing_cap: A task counts as no larger than this (proportional mixing).
+        mixing_temperature: Above 1 flattens the proportions (proportional mixing).
+        on_bad_record: `raise` refuses to start; `skip` leaves bad records out, counts and logs them.
+        seed: Seed of the order; the run's `seed_everything` when null.
+        num_workers: Processes that collate batches; 0 collates in the main one.
+    """
+
+    def __init__(  # noqa: PLR0913  flat, because these are what a user types
+        self,
+        tasks: Tasks,
+        tokenizer: str,
+        mixing: Mixing = "proportional",
+        max_examples: int | None = None,
+        validation_examples: int = 50,
+        test_examples: int | None = None,
+        batch_size: int = 8,
+        max_length: int = 512,
+        prompt: str = "chat",
+        target: Literal["answer", "rationale"] = "answer",
+        mixing_cap: int = 3000,
+        mixing_temperature: float = 1.0,
+        on_bad_record: Literal["raise", "skip"] = "raise",
+        seed: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.limits = Limits(max_examples, validation_examples, test_examples)
+        self.sources = expand(tasks, default_sizes(max_examples, validation_examples, test_examples))
+        self.tokenizer_name = tokenizer
+        self.mixing = mixing
+        self.mixing_cap = mixing_cap
+        self.mixing_temperature = mixing_temperature
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.prompt = prompt
+        self.target = target
+        self.on_bad_record = on_bad_record
+        self.seed = seed
+        self.num_workers = num_workers
+        self.bad_records = BadRecords(on_bad_record)
+        self.encoded: dict[tuple[str, Split], Encoded] = {}
+        self._tasks: list[Task] | None = None
+        self._encoder: RecordEncoder | None = None
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The tasks with their records as text, read on first use; needs no tokenizer."""
+        if self._tasks is None:
+            self._tasks = read_tasks(self.sources, self.limits, self.bad_records, self.target == "rationale")
+        return self._tasks
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks; `task` of a batch counts in them."""
+        return tuple(task.name for task in self.tasks)
+
+    @property
+    def categories(self) -> dict[str, str | None]:
+        """Category of each task, or None."""
+        return {task.name: task.category for task in self.tasks}
+
+    @property
+    def encoder(self) -> RecordEncoder:
+        """Turns records into token ids; the tokenizer is loaded on first use."""
+        if self._encoder is None:
+            from radargate_pl.backbones import load_tokenizer
+
+            self._encoder = RecordEncoder(
+                load_tokenizer(self.tokenizer_name),
+                self.prompt,
+                self.target,
+                self.max_length,
+                is_encoder_decoder(self.tokenizer_name),
+            )
+        return self._encoder
+
+    def prepare_data(self) -> None:
+        """Read and tokenise every task once into the cache; Lightning calls this on one process.
+
+        Raises:
+            ValueError: For bad input, or an answer longer than `max_length`.
+        """
+        encoder_key = self.encoder.key()
+        new: dict[str, Encoded] = {}
+        for task in self.tasks:
+            for records in task.records.values():
+                key = content_key(records, encoder_key)
+                if read_encoded(key) is None:
+                    new[key] = self.encoder.encode(records, task.name, self.bad_records)
+        self.bad_records.raise_if_any()
+        for key, encoded in new.items():
+            write_encoded(key, encoded)
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenised tasks.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`.
+
+        Raises:
+            ValueError: If a task has nothing for this stage.
+        """
+        encoder_key = self.encoder.key()
+        for task in self.tasks:
+            for split, records in task.records.items():
+                encoded = read_encoded(content_key(records, encoder_key))
+                if encoded is None:
+                    raise ValueError("Expected prepare_data to have tokenised the tasks, but the cache lacks them.")
+                self.encoded[task.name, split] = encoded
+        if stage == "fit":
+            self._check_trainable()
+        for task in self.tasks:
+            if count := self.truncated(task):
+                rank_zero_info(f"task {task.name}: {count} sources lost their middle, max_length is {self.max_length}")
+
+    def truncated(self, task: Task) -> int:
+        """How many sources of a task lost their middle, all splits together."""
+        return sum(int(self.encoded[task.name, split].truncated.sum()) for split in SPLITS)
+
+    def skipped(self, task: Task) -> int:
+        """How many records of a task were left out: bad lines, and answers that do not fit."""
+        too_long = sum(len(task.records[split]) - len(self.encoded[task.name, split]) for split in SPLITS)
+        return task.skipped + too_long
+
+    def _check_trainable(self) -> None:
+        empty = [task.name for task in self.tasks if not len(self.encoded[task.name, "train"])]
+        if empty:
+            raise ValueError(f"Expected every task to have train records, but these have none: {', '.join(empty)}.")
+
+    def train_sizes(self) -> dict[str, int]:
+        """Train examples of each task."""
+        return {name: len(self.encoded[name, "train"]) for name in self.task_names}
+
+    def epoch_counts(self) -> dict[str, int]:
+        """Examples of each task in one epoch."""
+        return epoch_counts(self.train_sizes(), self.mixing, self.mixing_cap, self.mixing_temperature)
+
+    def train_sampler(self) -> MixtureSampler:
+        """The order of train examples, for the seed of the argument or of the run."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", DEFAULT_SEED)) if self.seed is None else self.seed
+        return MixtureSampler(self.train_sizes(), self.epoch_counts(), seed)
+
+    def examples(self, split: Split) -> ExampleSet:
+        """The tokenised examples of one split, task after task in file order."""
+        tasks = enumerate(self.tasks)
+        return ExampleSet([EncodedTask(i, task.records[split], self.encoded[task.name, split]) for i, task in tasks])
+
+    def train_dataloader(self) -> DataLoader[Example]:
+        """Batches of the mixture, padded on the right."""
+        return self._loader("train", sampler=self.train_sampler())
+
+    def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
+        """Validation examples, padded on the right; an empty list without any."""
+        return self._loader("validation") if len(self.examples("validation")) else []
+
+    def test_dataloader(self) -> DataLoader[Example]:
+        """Test examples, padded on the right.
+
+        Raises:
+            ValueError: If no task has any.
+        """
+        if not len(self.examples("test")):
+            raise ValueError(
+                "Expected test records, but no task has any. Add a file ending in .test.jsonl, or records with "
+                "split: test."
+            )
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Example]:
+        """Prompts alone of the test examples, of the validation examples where there are none."""
+        return self._loader("test" if len(self.examples("test")) else "validation", prompts_only=True)
+
+    def collator(self, prompts_only: bool = False) -> Collator:
+        """The collation of this tokenizer and backbone."""
+        pad = self.encoder.tokenizer.pad_token_id
+        return Collator(pad, self.encoder.is_encoder_decoder, prompts_only)
+
+    def _loader(self, split: Split, prompts_only: bool = False, **options: Any) -> DataLoader[Example]:
+        return DataLoader(
+            self.examples(split),
+            batch_size=self.batch_size,
+            collate_fn=self.collator(prompts_only),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            **options,
+        )
+
+    def preview(self, n: int = 3) -> str:
+        """What training sees, as text: counts and shares of the tasks, and the first `n` examples with their labels.
+
+        Args:
+            n: How many examples.
+        """
+        from radargate_pl.data.preview import preview
+
+        self.prepare_data()
+        self.setup("fit")
+        return preview(self, n)
+
+
+def is_encoder_decoder(backbone: str) -> bool:
+    """Whether a backbone is an encoder-decoder, from its configuration alone; `.gguf` files are decoder-only here."""
+    from transformers import AutoConfig
+
+    from radargate_pl.backbones import resolve_backbone
+
+    where = resolve_backbone(backbone)
+    if str(where).endswith(".gguf"):
+        return False
+    return bool(AutoConfig.from_pretrained(where).is_encoder_decoder)

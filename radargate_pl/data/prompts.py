@@ -1,0 +1,178 @@
+"""Renders records as prompt and answer, and encodes them as token ids with the answer always whole."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from radargate_pl.data.cache import Encoded, pack
+from radargate_pl.data.records import BadRecords, Record
+
+GAP = " ... "  # stands for the middle that a long source loses
+SOURCE = "{source}"
+
+
+def answer_text(record: Record, target: Literal["answer", "rationale"]) -> str:
+    """The text that is trained on: the first target, or the rationale, a line break and `Therefore, the answer is`."""
+    if target == "answer":
+        return record.targets[0]
+    return f"{record.rationale}\nTherefore, the answer is {record.targets[0]}."
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a source becomes a prompt.
+
+    `chat` is the tokenizer's chat template with the source as the user's turn; a tokenizer without one gets `plain`:
+    the source and a line break (decoder-only) or the source alone (encoder-decoder). Anything else is a template of
+    the user's own with `{source}` in it.
+
+    Args:
+        prompt: `chat`, `plain` or a template.
+        tokenizer: A Hugging Face tokenizer.
+        is_encoder_decoder: Whether the answer has a sequence of its own.
+    """
+
+    prompt: str
+    tokenizer: Any
+    is_encoder_decoder: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prompt not in ("chat", "plain") and SOURCE not in self.prompt:
+            raise ValueError(
+                f"Expected prompt to be chat, plain or a template with {SOURCE} in it, but got {self.prompt!r}."
+            )
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether prompts come from the tokenizer's chat template."""
+        return self.prompt == "chat" and bool(self.tokenizer.chat_template)
+
+    def render(self, source: str) -> str:
+        """The prompt of `source` as text."""
+        if self.uses_chat_template:
+            turns = [{"role": "user", "content": source}]
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        if self.prompt in ("chat", "plain"):
+            return source if self.is_encoder_decoder else source + "\n"
+        # Not str.format: sources and templates may hold other braces.
+        return self.prompt.replace(SOURCE, source)
+
+
+class RecordEncoder:
+    """Encodes records as prompt ids and answer ids.
+
+    Prompt and answer are tokenised apart, as generation does, so the border between them is exact. The answer ends
+    with the end token. Where both do not fit into `max_length`, the source loses its middle, the answer never.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer with an end token.
+        prompt: See PromptFormat.
+        target: `answer` or `rationale`.
+        max_length: Tokens of prompt and answer together; of each of the two for an encoder-decoder backbone.
+        is_encoder_decoder: Whether the backbone is one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: str = "chat",
+        target: Literal["answer", "rationale"] = "answer",
+        max_length: int = 512,
+        is_encoder_decoder: bool = False,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("Expected the tokenizer to have an end token (eos_token), but it has none.")
+        if target not in ("answer", "rationale"):
+            raise ValueError(f"Expected target to be answer or rationale, but got {target!r}.")
+        self.tokenizer = tokenizer
+        self.format = PromptFormat(prompt, tokenizer, is_encoder_decoder)
+        self.target = target
+        self.max_length = max_length
+        self.is_encoder_decoder = is_encoder_decoder
+
+    def key(self) -> str:
+        """Hash of everything but the records that token ids depend on."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        parts = [words, tokenizer.chat_template, tokenizer.eos_token_id, type(tokenizer).__name__]
+        parts += [repr(sorted(tokenizer.init_kwargs.items(), key=str)) if backend is None else ""]
+        parts += [self.format.prompt, self.target, self.max_length, self.is_encoder_decoder, GAP]
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+    def encode(self, records: Sequence[Record], task: str, bad_records: BadRecords) -> Encoded:
+        """Encode records; those whose answer leaves no room go to `bad_records`.
+
+        Args:
+            records: Records of one task and split.
+            task: The task's name, for messages.
+            bad_records: Receives what cannot be encoded.
+        """
+        prompts = self._prompt_ids([self.format.render(record.source) for record in records])
+        answers = self._answer_ids([answer_text(record, self.target) for record in records])
+        kept: list[int] = []
+        truncated: list[bool] = []
+        for number, record in enumerate(records):
+            room = self.max_length - (0 if self.is_encoder_decoder else len(answers[number]))
+            fits = len(prompts[number]) <= room
+            if not fits:
+                prompts[number] = self._shorten(record.source, room)
+            if not prompts[number] or len(answers[number]) > self.max_length:
+                bad_records.add(task, record.where, self._too_long(len(answers[number])))
+                continue
+            kept.append(number)
+            truncated.append(not fits)
+        return pack([prompts[i] for i in kept], [answers[i] for i in kept], kept, truncated)
+
+    def _shorten(self, source: str, room: int) -> list[int]:
+        """The prompt that keeps as much of both ends of `source` as fits into `room` tokens; empty if none does."""
+        best: list[int] = []
+        low, high = 0, len(source)
+        while low <= high:
+            keep = (low + high) // 2
+            # A character more is a token more, nearly always; whatever is kept was measured, so a bend in the
+            # search costs a few characters and never exceeds the room.
+            middle_lost = source[: keep - keep // 2] + GAP + source[len(source) - keep // 2 :]
+            ids = self._prompt_ids([self.format.render(middle_lost)])[0]
+            if len(ids) <= room:
+                best, low = ids, keep + 1
+            else:
+                high = keep - 1
+        return best
+
+    def _too_long(self, answer_length: int) -> str:
+        if self.is_encoder_decoder:
+            return f"the answer has {answer_length} tokens, the context max_length={self.max_length}"
+        fixed = len(self._prompt_ids([self.format.render("")])[0])
+        return (
+            f"the answer has {answer_length} tokens and the prompt without its source {fixed}: together more than "
+            f"the context max_length={self.max_length}"
+        )
+
+    def _prompt_ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids with the tokenizer's own special tokens, unless the chat template writes them as text."""
+        special = not self.format.uses_chat_template
+        rows = _ids(self.tokenizer, texts, add_special_tokens=special)
+        if self.is_encoder_decoder or not special:
+            return rows
+        # Some decoder-only tokenizers close every text; a prompt must stay open.
+        end = self.tokenizer.eos_token_id
+        begins_alike = self.tokenizer.bos_token_id == end
+        return [row[:-1] if row[-1:] == [end] and not (begins_alike and len(row) == 1) else row for row in rows]
+
+    def _answer_ids(self, texts: list[str]) -> list[list[int]]:
+        end = self.tokenizer.eos_token_id
+        if self.is_encoder_decoder:
+            rows = _ids(self.tokenizer, text_target=texts)
+            return [row if end in row else [*row, end] for row in rows]
+        return [[*row, end] for row in _ids(self.tokenizer, texts, add_special_tokens=False)]
+
+
+def _ids(tokenize: Callable[..., Any], *texts: list[str], **options: Any) -> list[list[int]]:
+    """Token ids of each text; verbose off, since the tokenizer's remark on long texts is ours to make."""
+    given = texts[0] if texts else options["text_target"]
+    if not given:
+        return []
+    return list(tokenize(*texts, truncation=False, padding=False, verbose=False, **options)["input_ids"])

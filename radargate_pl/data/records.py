@@ -1,0 +1,189 @@
+"""Records: one example of a task, and the rules that read it from a line of a file."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLIT_WORDS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+PROBLEMS_SHOWN = 10
+
+
+class Line(NamedTuple):
+    """One line of a source before the record rules: `fields`, or the reason why there are none.
+
+    Args:
+        where: What an error message cites, e.g. `data/aqua.train.jsonl:17`.
+        fields: The parsed object; None for a line that could not be read.
+        problem: Why it could not be read; empty otherwise.
+    """
+
+    where: str
+    fields: Mapping[str, object] | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example: a question, the accepted answers, and where it came from.
+
+    Args:
+        id: Name of the example in result files.
+        source: The question; an instruction stands before it, separated by a blank line.
+        targets: Accepted answers, at least one; the first one is trained on.
+        where: File and line, for messages.
+        rationale: Chain of thought that leads to `targets[0]`, or None.
+        choices: Options of a multiple-choice question; empty when there are none.
+    """
+
+    id: str
+    source: str
+    targets: tuple[str, ...]
+    where: str
+    rationale: str | None = None
+    choices: tuple[str, ...] = ()
+
+
+class Placement(NamedTuple):
+    """What a line says about where its record belongs; None where it says nothing."""
+
+    task: str | None
+    category: str | None
+    split: Split | None
+
+
+class BadRecords:
+    """Collects bad lines; `raise_if_any` reports them together, unless the user asked to skip them.
+
+    Args:
+        policy: `raise` refuses to start, `skip` counts and logs.
+    """
+
+    def __init__(self, policy: Literal["raise", "skip"]) -> None:
+        self.policy = policy
+        self.problems: list[str] = []
+        self.skipped: dict[str, int] = {}
+
+    def add(self, task: str, where: str, reason: str) -> None:
+        """Note that the line at `where`, meant for `task`, was not used."""
+        self.skipped[task] = self.skipped.get(task, 0) + 1
+        if self.policy == "skip":
+            logger.warning("skipped %s: %s", where, reason)
+        else:
+            self.problems.append(f"{where}: {reason}")
+
+    def raise_if_any(self) -> None:
+        """Raise one error for all bad lines so far.
+
+        Raises:
+            ValueError: If there are bad lines and the policy is `raise`.
+        """
+        if not self.problems:
+            return
+        shown = "\n  ".join(self.problems[:PROBLEMS_SHOWN])
+        more = len(self.problems) - PROBLEMS_SHOWN
+        tail = f"\n  ... and {more} more" if more > 0 else ""
+        found = f"{len(self.problems)} bad record" + ("s" if len(self.problems) > 1 else "")
+        raise ValueError(
+            f"Expected every record to be usable, but found {found}:\n  {shown}{tail}\n"
+            "Correct them, or set on_bad_record: skip to leave such records out (they are counted and logged)."
+        )
+
+
+def parse_record(line: Line, fallback_id: str, needs_rationale: bool = False) -> tuple[Record, Placement]:
+    """Apply the record rules to one line.
+
+    Args:
+        line: A line of a source.
+        fallback_id: The id of a record that has none of its own.
+        needs_rationale: Whether a record without `rationale` is an error.
+
+    Raises:
+        ValueError: With the reason alone; the caller adds file and line.
+    """
+    if line.fields is None:
+        raise ValueError(line.problem)
+    fields = line.fields
+    rationale = _text(fields, "rationale")
+    if needs_rationale and rationale is None:
+        raise ValueError("target: rationale was asked for, but the record has no rationale")
+    record_id = fields.get("id")
+    record = Record(
+        id=fallback_id if record_id is None else str(record_id),
+        source=_source(fields),
+        targets=_targets(fields),
+        where=line.where,
+        rationale=rationale,
+        choices=tuple(_texts(fields, "choices")),
+    )
+    return record, Placement(_text(fields, "task"), _text(fields, "category"), _split(fields))
+
+
+def _source(fields: Mapping[str, object]) -> str:
+    """`source` or `question`, the instruction before it."""
+    question = _text(fields, "source")
+    if question is None:
+        question = _text(fields, "question")
+    instruction = _text(fields, "instruction")
+    if question is None and instruction is None:
+        raise ValueError(f"record without source (nor question, nor instruction); it has {_names(fields)}")
+    return "\n\n".join(part for part in (instruction, question) if part is not None)
+
+
+def _targets(fields: Mapping[str, object]) -> tuple[str, ...]:
+    """The accepted answers in order, each once: `targets`, or `target`, or `answer`; then `aliases`."""
+    answers = list(_texts(fields, "targets"))
+    for name in ("target", "answer"):
+        single = None if answers else _text(fields, name)
+        answers += [] if single is None else [single]
+    if not answers:
+        raise ValueError(f"record without targets (nor target, nor answer); it has {_names(fields)}")
+    return tuple(dict.fromkeys([*answers, *_texts(fields, "aliases")]))
+
+
+def _split(fields: Mapping[str, object]) -> Split | None:
+    """The split that the record names, or None."""
+    name = _text(fields, "split")
+    if name is None:
+        return None
+    if name.lower() not in SPLIT_WORDS:
+        raise ValueError(f"split is {name!r}, expected one of {', '.join(SPLIT_WORDS)}")
+    return SPLIT_WORDS[name.lower()]
+
+
+def _text(fields: Mapping[str, object], name: str) -> str | None:
+    """A field as text: a number is written out, a missing or blank one is None."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{name} is {type(value).__name__}, expected a string")
+    text = str(value)
+    return text if text.strip() else None
+
+
+def _texts(fields: Mapping[str, object], name: str) -> list[str]:
+    """A field that is a list of texts; one text counts as a list of one, a missing field as none."""
+    value = fields.get(name)
+    if value is None:
+        return []
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        value = [value]
+    texts = [_text({name: item}, name) for item in value]
+    return [text for text in texts if text is not None]
+
+
+def _names(fields: Mapping[str, object]) -> str:
+    return ", ".join(map(str, fields)) or "no fields"
