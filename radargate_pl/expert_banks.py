@@ -1,0 +1,84 @@
+"""From adapters, or experts still to be trained, to one bank per layer (layer 3)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from radargate_pl.adapters import Adapter, target_linears
+from radargate_pl.experts import ExpertBank
+from radargate_pl.new_experts import NewExperts
+from radargate_pl.trainable_experts import TrainableExpertBank
+
+
+def loaded_banks(adapters: list[Adapter], dtype: torch.dtype, *, trainable: bool = False) -> dict[str, ExpertBank]:
+    """Gather loaded adapters by layer.
+
+    Args:
+        adapters: the library, in order.
+        dtype: of frozen experts (the backbone's); trainable ones are float32.
+        trainable: whether they train on.
+
+    Returns:
+        Layer path to the bank of the experts that have the layer.
+    """
+    library = tuple(adapter.name for adapter in adapters)
+    bank_class = TrainableExpertBank if trainable else ExpertBank
+    banks = {}
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter.lora_A):
+        present = [adapter for adapter in adapters if path in adapter.lora_A]
+        lora_A = {adapter.name: adapter.lora_A[path].to(torch.float32 if trainable else dtype) for adapter in present}
+        lora_B = {adapter.name: adapter.lora_B[path].to(torch.float32 if trainable else dtype) for adapter in present}
+        scaling = {adapter.name: adapter.scaling[path] for adapter in present}
+        banks[path] = bank_class(lora_A, lora_B, scaling, library=library)
+    return banks
+
+
+def new_banks(new_experts: NewExperts, names: tuple[str, ...], backbone: nn.Module) -> dict[str, ExpertBank]:
+    """Make the banks of experts that start from scratch, at every target layer of the backbone.
+
+    Args:
+        new_experts: what to make.
+        names: the experts.
+        backbone: the model that receives them.
+    """
+    scaling = dict.fromkeys(names, new_experts.scaling)
+    linears = target_linears(backbone, new_experts.target_modules)
+    return {
+        path: TrainableExpertBank(*new_experts.initial_weights(names, path, linear), scaling)
+        for path, linear in linears.items()
+    }
+
+
+def experts_of_tasks(tasks: Mapping[str, str | None], experts: tuple[str, ...]) -> dict[str, int]:
+    """Tell which expert belongs to each task: the one of its name, else of its category, else the only union expert.
+
+    Args:
+        tasks: task name to category.
+        experts: names of the library.
+
+    Returns:
+        Task name to expert id, -1 for none.
+
+    Example:
+        >>> experts_of_tasks({"sum": None, "poem": "language", "other": None}, ("sum", "language"))
+        {'sum': 0, 'poem': 1, 'other': -1}
+    """
+    ids = {name: index for index, name in enumerate(experts)}
+    otherwise = 0 if experts == ("union",) else -1
+    return {task: ids.get(task, ids.get(category or "", otherwise)) for task, category in tasks.items()}
+
+
+def input_stream(path: str) -> str:
+    """Tell whose tokens a layer of an encoder-decoder model reads: "encoder" or "decoder".
+
+    Keys and values of cross-attention sit in the decoder and read the encoder's output.
+
+    Example:
+        >>> input_stream("decoder.block.0.layer.1.EncDecAttention.k")
+        'encoder'
+    """
+    parts = path.split(".")
+    crosses = "EncDecAttention" in parts or "encoder_attn" in parts
+    reads_encoder = "encoder" in parts or (crosses and parts[-1] in ("k", "v", "k_proj", "v_proj"))
+    return "encoder" if reads_encoder else "decoder"

@@ -1,0 +1,228 @@
+"""The gate folder: a fitted gate as data, small enough to mail (layer 3).
+
+``gate.safetensors`` (tensors by ``<layer path>.gate.*``), ``gate_config.json`` (every argument, fingerprints) and a
+``README.md``; with experts also ``experts/<name>/``, plain PEFT folders. Nothing in it is code and nothing is pickled.
+"""
+
+import functools
+import importlib
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from radargate_pl import __version__
+from radargate_pl.expert_files import save_adapter
+from radargate_pl.fingerprints import check_fingerprint
+from radargate_pl.folders import replacing_folder
+from radargate_pl.gates import Gate
+from radargate_pl.moe import GateFactory
+
+if TYPE_CHECKING:
+    from radargate_pl.networks import GatedNetwork
+
+FORMAT_VERSION = 1
+CONFIG, TENSORS, EXPERTS = "gate_config.json", "gate.safetensors", "experts"
+
+
+def save_gate(network: "GatedNetwork", folder: Path, *, include_experts: bool = False) -> None:
+    """Write the gate folder, whole or not at all.
+
+    Args:
+        network: what to save; its gates must exist.
+        folder: target; an older gate folder there is replaced.
+        include_experts: copy the experts into it too; always done when they trained together with the gate.
+
+    Raises:
+        ValueError: when the network has no gate.
+        OSError: when it cannot be written; what was there before is unchanged then.
+    """
+    if not network.layers:
+        raise ValueError("Expected a network with gates to save, but it is a bare backbone.")
+    with replacing_folder(folder) as new:
+        fingerprints = dict(network.fingerprints)
+        if include_experts or network.train_part != "gate":
+            fingerprints["experts"] = save_experts(network, new / EXPERTS)
+        config = _config(network, folder) | {"fingerprints": fingerprints}
+        save_file(_gate_tensors(network), new / TENSORS)
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (new / "README.md").write_text(_card(config), encoding="utf-8")
+
+
+def load_gate(
+    folder: Path,
+    *,
+    backbone: str | None = None,
+    experts: str | list[str] | dict[str, str] | None = None,
+    dtype: Any = "auto",
+    trust_code: bool = False,
+) -> "GatedNetwork":
+    """Load a gate folder with its backbone and experts, all checked against the fingerprints it was fitted with.
+
+    Args:
+        folder: a gate folder.
+        backbone: where the backbone is, if not where the folder says.
+        experts: where the experts are, if neither in the folder nor where it says.
+        dtype: of backbone and experts in memory.
+        trust_code: allow a gate class from outside this package.
+
+    Returns:
+        The network in evaluation mode.
+
+    Raises:
+        ValueError: for a folder that is none, a class from elsewhere, or another backbone or expert, showing both
+            fingerprints.
+    """
+    from radargate_pl.networks import GatedNetwork
+
+    config = read_config(folder)
+    gate = _gate_factory(config["gate"], trust_code=trust_code)
+    found = experts if experts is not None else _expert_folders(folder, config["experts"])
+    network = GatedNetwork(
+        backbone=backbone or config["backbone"], dtype=dtype, experts=found, gate=gate, combine=config["combine"]
+    )
+    check_fingerprints(config["fingerprints"], network.fingerprints)
+    network.load_gate_state(load_file(folder / TENSORS))
+    return network.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a gate folder's configuration.
+
+    Raises:
+        ValueError: when it is no gate folder, or of another format version.
+    """
+    path = folder / CONFIG
+    if not path.is_file() or not (folder / TENSORS).is_file():
+        raise ValueError(f"Expected a gate folder with {CONFIG} and {TENSORS}, but {folder} is none.")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"Expected {path} to have format_version {FORMAT_VERSION}, but found {config.get('format_version')!r}. "
+            "Use the version of radargate-pl that wrote it."
+        )
+    return config
+
+
+def check_fingerprints(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """Refuse another backbone, expert or order of experts than a gate was fitted with.
+
+    Args:
+        expected: {"backbone": ..., "experts": {name: ...}} as saved.
+        found: the same of the network at hand.
+
+    Raises:
+        ValueError: naming what differs, with both values.
+    """
+    check_fingerprint("the backbone", expected["backbone"], found["backbone"])
+    if list(expected["experts"]) != list(found["experts"]):
+        raise ValueError(
+            f"Expected the experts this gate was fitted with, {list(expected['experts'])} in this order, but found "
+            f"{list(found['experts'])}."
+        )
+    for name, fingerprint in expected["experts"].items():
+        check_fingerprint(f"expert '{name}'", fingerprint, found["experts"][name])
+
+
+def save_experts(network: "GatedNetwork", folder: Path) -> dict[str, str]:
+    """Write every expert as a plain PEFT folder of its own, ``folder/<name>/``.
+
+    Returns:
+        Expert name to fingerprint of what was written.
+    """
+    task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] = "SEQ_2_SEQ_LM" if network.is_encoder_decoder else "CAUSAL_LM"
+    written = {}
+    for name in network.experts:
+        lora_A: dict[str, Tensor] = {}
+        lora_B: dict[str, Tensor] = {}
+        alpha: dict[str, float] = {}
+        for path, layer in network.layers.items():
+            if name in layer.bank.names:
+                weights = layer.bank.expert_weights(name)
+                lora_A[path], lora_B[path] = (weight.detach().cpu().contiguous() for weight in weights)
+                rank, scaling = lora_A[path].shape[0], layer.bank.scaling[layer.bank.names.index(name)]
+                alpha[path] = scaling * (math.sqrt(rank) if network.uses_rslora else rank)
+        written[name] = save_adapter(
+            folder / name,
+            lora_A,
+            lora_B,
+            alpha=alpha,
+            rank=Counter(weight.shape[0] for weight in lora_A.values()).most_common(1)[0][0],
+            use_rslora=network.uses_rslora,
+            target_modules=network.target_modules or sorted(lora_A),
+            backbone=network.backbone_source,
+            backbone_fingerprint=network.fingerprints["backbone"],
+            task_type=task_type,
+            shared_A=network.shares_A,
+        )
+    return written
+
+
+def _gate_tensors(network: "GatedNetwork") -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in network.gate_state().items()}
+
+
+def _config(network: "GatedNetwork", folder: Path) -> dict[str, Any]:
+    gate = next(iter(network.layers.values())).gate
+    where = {a.name: os.path.relpath(a.folder.resolve(), folder.resolve()) for a in network.adapters}
+    return {
+        "format_version": FORMAT_VERSION,
+        "radargate_version": __version__,
+        "gate": {"class_path": f"{type(gate).__module__}.{type(gate).__qualname__}", "init_args": gate.arguments()},
+        "gate_line": gate.line(),
+        "combine": network.combine,
+        "backbone": network.backbone_source,
+        "experts": {name: where.get(name, f"{EXPERTS}/{name}") for name in network.experts},
+    }
+
+
+def _gate_factory(spec: dict[str, Any], *, trust_code: bool) -> GateFactory:
+    module, _, name = spec["class_path"].rpartition(".")
+    if not trust_code and module.split(".")[0] != "radargate_pl":
+        raise ValueError(
+            f"Expected a gate of radargate_pl, but the folder names {spec['class_path']}. Pass trust_code=True if you "
+            "trust that class: its code will run."
+        )
+    gate_class = getattr(importlib.import_module(module), name)
+    if not (isinstance(gate_class, type) and issubclass(gate_class, Gate)):
+        raise ValueError(f"Expected {spec['class_path']} to be a Gate, but it is not.")
+    return functools.partial(gate_class, **spec["init_args"])
+
+
+def _expert_folders(folder: Path, experts: dict[str, str]) -> dict[str, str]:
+    found = {}
+    for name, stored in experts.items():
+        inside = folder / EXPERTS / name
+        found[name] = str(inside if inside.is_dir() else folder / stored)
+    missing = {name: path for name, path in found.items() if not Path(path).is_dir()}
+    if missing:
+        raise ValueError(
+            f"Expected the experts of {folder} at {missing}, but they are not there. Pass experts= with their folder, "
+            "or save the gate with include_experts=True."
+        )
+    return found
+
+
+def _card(config: dict[str, Any]) -> str:
+    experts = "\n".join(f"* `{name}`: `{value}`" for name, value in config["fingerprints"]["experts"].items())
+    return f"""# {config["gate_line"]}
+
+A gate over {len(config["experts"])} LoRA experts, made with radargate-pl {config["radargate_version"]}.
+
+```python
+from radargate_pl.networks import GatedNetwork
+
+network = GatedNetwork.from_pretrained("this folder")  # backbone= and experts= if they lie elsewhere
+```
+
+Backbone: `{config["backbone"]}` (`{config["fingerprints"]["backbone"]}`)
+
+Experts, in order:
+
+{experts}
+"""

@@ -1,0 +1,30 @@
+"""Logits of the labelled positions only, through the model's own head (layer 3)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def only_positions(head: nn.Module, kept: Tensor) -> Iterator[None]:
+    """Let the output head see only the chosen positions, so that the model returns logits (kept, V).
+
+    Most of a step's logits are never looked at: with a vocabulary of 49,152 they are the largest tensor of the step.
+    Calling the head on the hidden states instead would skip what models do around it (T5's and Granite's scale,
+    Gemma-2's soft cap, mBART's bias).
+
+    Args:
+        head: the model's output embeddings.
+        kept: positions to keep, (examples, length) bool.
+    """
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][kept], *args[1:])
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,296 @@
+"""The network: a frozen backbone, its LoRA experts and one gate per layer (layer 3)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from radargate_pl.adapters import load_adapters
+from radargate_pl.backbones import load_backbone
+from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
+from radargate_pl.gates import Context, RadarGate
+from radargate_pl.label_logits import only_positions
+from radargate_pl.moe import GateFactory, attach
+from radargate_pl.new_experts import NewExperts
+
+IGNORE_INDEX = -100
+
+
+class LabelledLogits(NamedTuple):
+    """What the loss needs of a forward.
+
+    Attributes:
+        logits: logits of the labelled positions, (N, V).
+        targets: their token ids, (N,) int64.
+        example: the row of the batch each belongs to, (N,) int64.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    example: Tensor
+
+
+class GatedNetwork(nn.Module):
+    """A frozen backbone whose linear layers carry LoRA experts and a gate: ``y = x W + sum_i g_i R_i v_i``.
+
+    Args:
+        tasks: task name to category, from the data module (never in a config); names new experts and tells which expert
+            belongs to which example.
+        backbone: hub id, local folder, ``.gguf`` file, or built-in ``smollm2-135m-q4`` or ``debug-tiny``.
+        dtype: of backbone and frozen experts; "auto" is bfloat16 where the device has it, else float32.
+        experts: frozen experts: a folder of PEFT folders, a list of them, or name to path or hub id; [] for none.
+        new_experts: experts to train from scratch, instead of ``experts``.
+        gate: the gate, one built per layer.
+        combine: how kept experts are summed: "sum".
+        dropout: dropout before the experts while they train, one mask per layer.
+        train: what trains: "gate", "experts" or "both".
+        gradient_checkpointing: recompute activations in the backward pass (non-reentrant) to save memory.
+
+    Attributes:
+        experts: names of all experts; the position is the expert's id.
+        expert_of_task: task name to the id of its expert, -1 for none.
+        layers: path inside the backbone to its mixture layer.
+        fingerprints: {"backbone": ..., "experts": {name: ...}} of the files, before any cast.
+
+    Raises:
+        ValueError: for arguments that do not fit together, and for everything wrong with backbone and experts.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, str | None] | None = None,
+        *,
+        backbone: str = "smollm2-135m-q4",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        experts: str | list[str] | dict[str, str] = [],  # noqa: B006 (read only; jsonargparse shows it in --help)
+        new_experts: NewExperts | None = None,
+        gate: GateFactory = RadarGate,
+        combine: Literal["sum"] = "sum",
+        dropout: float = 0.0,
+        train: Literal["gate", "experts", "both"] = "gate",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_arguments(experts, new_experts, train, dropout)
+        loaded = load_backbone(backbone, dtype)
+        self.backbone = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.is_encoder_decoder = bool(getattr(loaded.model.config, "is_encoder_decoder", False))
+        self.backbone_source, self.combine, self.train_part, self.new_experts = backbone, combine, train, new_experts
+        self.adapters = load_adapters(experts, loaded.model, backbone_fingerprint=loaded.fingerprint) if experts else []
+        self.fingerprints: dict[str, Any] = {
+            "backbone": loaded.fingerprint,
+            "experts": {adapter.name: adapter.fingerprint for adapter in self.adapters},
+        }
+        if new_experts is None:
+            self.experts = tuple(adapter.name for adapter in self.adapters)
+            banks = loaded_banks(self.adapters, self.backbone.dtype, trainable=train != "gate")
+        else:
+            self.experts = new_experts.names(tasks or {})
+            banks = new_banks(new_experts, self.experts, self.backbone)
+        self.expert_of_task = experts_of_tasks(tasks or {}, self.experts)
+        self.context = Context()
+        streams = {path: input_stream(path) for path in banks} if self.is_encoder_decoder else {}
+        layers = attach(
+            self.backbone, banks, gate, context=self.context, combine=combine, dropout=dropout, streams=streams
+        )
+        self.layers = layers
+        for layer in layers.values():
+            layer.gate.requires_grad_(train != "experts")
+        self._checkpointed: list[nn.Module] = []
+        if gradient_checkpointing:
+            self.gradient_checkpointing_enable()
+        self.train(self.training)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, expert: Tensor | None = None
+    ) -> LabelledLogits:
+        """Compute the logits of the labelled positions.
+
+        Args:
+            input_ids: (examples, length) int64.
+            attention_mask: 1 for real tokens, (examples, length) int64.
+            labels: token ids aligned with ``input_ids`` (the shift happens here), or the targets of an encoder-decoder
+                model, (examples, target length) int64; -100 where nothing is to be predicted.
+            expert: id of each example's own expert, (examples,) int64, -1 for none.
+        """
+        if self.is_encoder_decoder:
+            tokens = {"encoder": attention_mask.bool(), "decoder": labels != IGNORE_INDEX}
+            inputs = {"decoder_input_ids": self.backbone.prepare_decoder_input_ids_from_labels(labels)}
+            targets = labels
+        else:
+            tokens = {"decoder": attention_mask.bool()}
+            inputs = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0)}
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        kept = targets != IGNORE_INDEX
+        self.context.replace(expert, tokens)
+        with only_positions(self.backbone.get_output_embeddings(), kept):
+            logits = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).logits
+        return LabelledLogits(logits, targets[kept], kept.nonzero()[:, 0])
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, expert: Tensor | None = None, **generation_kwargs: Any
+    ) -> Tensor:
+        """Generate with the KV cache, in evaluation mode.
+
+        Args:
+            input_ids: prompts, left-padded for causal models, (examples, length) int64.
+            attention_mask: (examples, length) int64.
+            expert: id of each example's own expert, (examples,) int64.
+            generation_kwargs: passed to transformers' ``generate`` (``max_new_tokens``, ``num_beams``, ...).
+
+        Returns:
+            The newly generated ids only, (rows, new tokens) int64.
+        """
+        training = self.training
+        self.eval()
+        self.context.replace(expert)
+        try:
+            ids = self.backbone.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **generation_kwargs,
+            )
+        finally:
+            self.train(training)
+        return ids[:, 1:] if self.is_encoder_decoder else ids[:, input_ids.shape[1] :]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode: gates and training experts follow it, the frozen backbone never leaves evaluation mode."""
+        super().train(mode)
+        self.backbone.eval()
+        for layer in self.layers.values():
+            layer.train(mode)
+        for module in self._checkpointed:  # transformers recomputes only the blocks that believe they train
+            module.training = mode
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute the backbone's blocks in the backward pass, non-reentrant.
+
+        Args:
+            gradient_checkpointing_kwargs: as in transformers.
+
+        Raises:
+            ValueError: for ``use_reentrant: True``, which cuts gates out of the graph without an error.
+        """
+        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        if options["use_reentrant"]:
+            raise ValueError("Expected use_reentrant to be False (reentrant checkpointing loses the gates' gradients).")
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        self._checkpointed = [m for m in self.backbone.modules() if getattr(m, "gradient_checkpointing", None) is True]
+        for module in self._checkpointed:
+            for name in ("dropout", "activation_dropout", "attention_dropout", "layerdrop"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)  # a frozen backbone never drops, also where blocks believe they train
+
+    @property
+    def uses_rslora(self) -> bool:
+        """Whether newly trained experts are scaled by alpha / sqrt(rank)."""
+        return self.new_experts is not None and self.new_experts.use_rslora
+
+    @property
+    def target_modules(self) -> list[str] | None:
+        """Name suffixes of the layers that received new experts; ``None`` where only the full paths tell."""
+        given = None if self.new_experts is None else self.new_experts.target_modules
+        return given if isinstance(given, list) else None
+
+    @property
+    def shares_A(self) -> bool:
+        """Whether all experts have one A per layer (HydraLoRA)."""
+        if self.new_experts is not None:
+            return self.new_experts.share_A
+        return bool(self.adapters) and all(adapter.shared_A for adapter in self.adapters)
+
+    def describe(self) -> str:
+        """Return one line built from the objects, e.g. ``RadarGate(top_k=2, scorer=x, ...)``."""
+        for layer in self.layers.values():
+            return layer.gate.line()
+        return "no gate (bare backbone)"
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Return everything that trains, by ``<layer path>.gate.*`` and ``<layer path>.bank.lora_A.<expert>``."""
+        return {key: value.detach() for key, value in self._trainable_parameters().items()}
+
+    def gate_state(self) -> dict[str, Tensor]:
+        """Return everything of the gates, trained or not, by ``<layer path>.gate.*``."""
+        return {key: value.detach() for key, value in self._parameters_of("gate.").items()}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a `trainable_state` in, bit for bit.
+
+        Raises:
+            ValueError: naming every missing, unknown or misshapen key; nothing is loaded then.
+        """
+        self._load(self._trainable_parameters(), state)
+
+    def load_gate_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a `gate_state` in, bit for bit.
+
+        Raises:
+            ValueError: as in `load_trainable_state`.
+        """
+        self._load(self._parameters_of("gate."), state)
+
+    def _load(self, parameters: dict[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+        problems = [f"missing: {key}" for key in parameters if key not in state]
+        problems += [f"unknown: {key}" for key in state if key not in parameters]
+        for key in parameters.keys() & state.keys():
+            if parameters[key].shape != state[key].shape:
+                problems.append(
+                    f"{key}: expected shape {tuple(parameters[key].shape)}, found {tuple(state[key].shape)}"
+                )
+        if problems:
+            shown = "\n  ".join(problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else []))
+            raise ValueError(f"Expected the state of {self.describe()}, but it does not fit:\n  {shown}")
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(state[key])
+
+    def save_pretrained(self, folder: str | Path, include_experts: bool = False) -> None:
+        """Save gate, configuration and fingerprints as data; see `radargate_pl.gate_folder.save_gate`."""
+        from radargate_pl.gate_folder import save_gate
+
+        save_gate(self, Path(folder), include_experts=include_experts)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> "GatedNetwork":
+        """Load a saved gate with its backbone and experts; see `radargate_pl.gate_folder.load_gate`."""
+        from radargate_pl.gate_folder import load_gate
+
+        return load_gate(Path(folder), **options)
+
+    def save_experts(self, folder: str | Path) -> None:
+        """Write every expert as a PEFT folder of its own; see `radargate_pl.gate_folder.save_experts`."""
+        from radargate_pl.gate_folder import save_experts
+
+        save_experts(self, Path(folder))
+
+    def _trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return {key: value for key, value in self._parameters_of("").items() if value.requires_grad}
+
+    def _parameters_of(self, part: str) -> dict[str, nn.Parameter]:
+        return {
+            f"{path}.{name}": parameter
+            for path, layer in self.layers.items()
+            for name, parameter in layer.named_parameters(remove_duplicate=False)
+            if name.startswith(part)
+        }
+
+
+def _check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dropout: float) -> None:
+    if experts and new_experts is not None:
+        raise ValueError("Expected either experts or new_experts, but got both. Remove one of them.")
+    if new_experts is not None and train == "gate":
+        raise ValueError(
+            "Expected train to be 'experts' or 'both' with new_experts (they start at zero), but got 'gate'."
+        )
+    if train not in ("gate", "experts", "both"):
+        raise ValueError(f"Expected train to be 'gate', 'experts' or 'both', but got {train!r}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"Expected dropout to be in [0, 1), but got {dropout}.")

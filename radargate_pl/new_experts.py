@@ -1,0 +1,91 @@
+"""Experts that are still to be trained: which there are and what they start from (layer 3)."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class NewExperts:
+    """A library of LoRA experts to train from scratch.
+
+    Args:
+        per: one expert per "task", per "category" of tasks, or one for the "union" of all.
+        target_modules: layers that receive experts: name suffixes, or "all-linear".
+        rank: rank r of every expert.
+        alpha: LoRA alpha; the scaling is alpha / rank.
+        use_rslora: scale by alpha / sqrt(rank) instead.
+        share_A: one A per layer for all experts (HydraLoRA).
+    """
+
+    per: Literal["task", "category", "union"] = "task"
+    target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
+    rank: int = 8
+    alpha: float = 32
+    use_rslora: bool = False
+    share_A: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """The factor behind B."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def names(self, tasks: Mapping[str, str | None]) -> tuple[str, ...]:
+        """Return the names of the experts these tasks ask for.
+
+        Args:
+            tasks: task name to category.
+
+        Raises:
+            ValueError: when there are no tasks, or ``per`` is "category" and a task has none.
+        """
+        if not tasks:
+            raise ValueError("Expected new_experts to be given the tasks of a data module, but there are none.")
+        if self.per == "union":
+            return ("union",)
+        if self.per == "task":
+            return tuple(tasks)
+        without = [name for name, category in tasks.items() if category is None]
+        if without:
+            raise ValueError(
+                f"Expected every task to have a category for new_experts.per: category, but these have none: {without}. "
+                "Add a `category` field to their records, or choose per: task."
+            )
+        return tuple(dict.fromkeys(category for category in tasks.values() if category is not None))
+
+    def initial_weights(
+        self, names: tuple[str, ...], path: str, layer: nn.Linear
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the start of every expert at one layer as in PEFT: A Kaiming uniform (a = sqrt 5), B zero; float32.
+
+        A is drawn from the run's seed, the expert's name and the path: an expert starts the same whether it is trained
+        alone or in a library.
+
+        Args:
+            names: the experts.
+            path: module path of the layer.
+            layer: the linear layer itself, for its widths.
+
+        Returns:
+            Expert name to A (r, in) and to B (out, r).
+        """
+        lora_A: dict[str, Tensor] = {}
+        for name in names:
+            if self.share_A and lora_A:
+                lora_A[name] = next(iter(lora_A.values()))
+                continue
+            generator = torch.Generator().manual_seed(_seed_of("shared" if self.share_A else name, path))
+            weight = torch.empty(self.rank, layer.in_features, dtype=torch.float32)
+            lora_A[name] = nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        lora_B = {name: torch.zeros(layer.out_features, self.rank, dtype=torch.float32) for name in names}
+        return lora_A, lora_B
+
+
+def _seed_of(name: str, path: str) -> int:
+    text = f"{torch.initial_seed()}/{name}/{path}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
