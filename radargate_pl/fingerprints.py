@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 1 << 22  # bytes read at a time: a fingerprint of any size needs 4 MiB
 MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
@@ -33,6 +36,21 @@ def fingerprint_tensors(files: Sequence[Path], extra: dict[str, Any] | None = No
         raise ValueError("Expected files to hold at least one tensor to fingerprint, but got none.")
     text = json.dumps([entries, extra or {}], sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def fingerprint_state(tensors: Mapping[str, Tensor]) -> str:
+    """The fingerprint of tensors in memory: SHA-256 over the sorted (name, shape, dtype, SHA-256 of the bytes).
+
+    Args:
+        tensors: name to tensor of any shape, dtype and device.
+    """
+    import torch
+
+    entries = []
+    for name, tensor in sorted(tensors.items()):
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        entries.append([name, list(tensor.shape), str(tensor.dtype), hashlib.sha256(data).hexdigest()])
+    return f"sha256:{hashlib.sha256(json.dumps(entries).encode()).hexdigest()}"
 
 
 def sha256_of_file(file: Path) -> str:

@@ -26,13 +26,21 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
     Yields:
         A temporary folder beside it, on the same disk.
+
+    Raises:
+        OSError: it could not be written.
     """
+    from safetensors import SafetensorError
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.new-"))
     try:
         yield temporary
         _finish(temporary)
         _move(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        before = " What was there before is unchanged." if folder.exists() else ""
+        raise OSError(f"Could not write the folder {folder}: {error}.{before}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
