@@ -1,0 +1,260 @@
+"""LightningCLI with this project's parts: what the parser accepts, what happens before the trainer starts (layer 6)."""
+
+import argparse
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+import radargate_pl.data  # noqa: F401 - short names such as "FlanMixture" are found once their module is loaded
+from radargate_pl import callbacks
+from radargate_pl.config_errors import ConfigCheck
+from radargate_pl.config_schema import find_class, named_classes, nearest, parser_schema
+from radargate_pl.config_sources import (
+    COMMAND_LINE,
+    CommandLine,
+    ConfigError,
+    Located,
+    drop_replaced,
+    find_config,
+    merge,
+    read_command_line,
+    read_yaml,
+    setting_tree,
+)
+from radargate_pl.gates import Gate
+from radargate_pl.module import AdaptedLM
+from radargate_pl.networks import GatedNetwork
+from radargate_pl.run_callbacks import LoadGateFolder, StoreConfig
+from radargate_pl.run_folder import check_run_folder, clear_run, is_gate_folder, resolve_checkpoint
+from radargate_pl.run_loggers import RunCSVLogger, RunTensorBoardLogger
+
+COMMANDS = ("fit", "validate", "test", "predict")
+_EPILOG = (
+    "--help NAME explains one class, e.g. radargate --help RadarGate; --version prints the version; --debug shows the "
+    "traceback of an error."
+)
+
+# The data's tokenizer is always the backbone's.
+LINKS = {"data.init_args.tokenizer": "model.network.init_args.backbone"}
+TRAINER_DEFAULTS = {"use_distributed_sampler": False, "default_root_dir": "runs/unnamed"}
+FLAGS = {
+    "preview": "Print three records with the tokens that carry loss, and exit before any weights are loaded.",
+    "overwrite": "Replace the run that the run folder holds: its checkpoints, gate, experts and metrics are deleted.",
+}
+
+# Classes that --help NAME explains: how many of their first arguments the program gives, and where they are set.
+EXPLAINED: dict[type, tuple[int, str | None]] = {
+    Gate: (1, "model.network.gate"),
+    GatedNetwork: (1, "model.network"),
+    LightningDataModule: (0, "data"),
+    Callback: (0, None),
+    torch.optim.Optimizer: (1, "model.optimizer"),
+    torch.optim.lr_scheduler.LRScheduler: (1, "model.lr_scheduler"),
+}
+
+
+class _Parser(LightningArgumentParser):
+    """Raises instead of printing a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError([f"configuration: {message.strip()}"]) from ex
+
+
+class RadarGateCLI(LightningCLI):
+    """Runs one command; the model class is fixed, everything inside it is chosen by ``class_path``.
+
+    Args:
+        words: The words after ``radargate``.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._line = read_command_line(words, COMMANDS)
+        self._words = list(words)
+        super().__init__(
+            AdaptedLM,
+            LightningDataModule,
+            save_config_callback=StoreConfig,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            seed_everything_default=42,
+            parser_kwargs={
+                "prog": "radargate",
+                "description": "Trains gates over frozen LoRA experts.",
+                "epilog": _EPILOG,
+            },
+            parser_class=_Parser,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # else a checkpoint's arguments beat what was typed
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's four; weights are always read as data, so that is no option."""
+        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the flags, the callbacks every run has, and what follows from another setting."""
+        for name, text in FLAGS.items():
+            parser.add_argument(f"--{name}", type=bool, default=False, help=text)
+        for name, callback in callbacks.DEFAULTS.items():
+            parser.add_lightning_class_args(callback, name)
+        for target, source in LINKS.items():
+            parser.link_arguments(source, target)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Checks and merges the config files, then lets jsonargparse put the command line on top."""
+        line = self._line
+        if line.subcommand not in COMMANDS or _asks_for_help(self._words):
+            if not _asks_for_help(self._words):
+                raise ConfigError([_no_command(line.subcommand)])
+            self.config = parser.parse_args(self._words)
+            return
+        merged = self._check(line)
+        text = yaml.safe_dump(merged.plain(), sort_keys=False)
+        rest = [f"{word}=true" if word[2:] in FLAGS and not _has_value(line, word[2:]) else word for word in line.rest]
+        self.config = parser.parse_args([line.subcommand, f"--config={text}", *rest])
+
+    def _check(self, line: CommandLine) -> Located:
+        """Merges the files; every mistake in them and on the command line is raised at once."""
+        assert line.subcommand is not None
+        check = ConfigCheck(parser_schema(self._subcommand_parsers[line.subcommand], ""), LINKS)
+        merged = setting_tree("model.network.class_path", f"{GatedNetwork.__module__}.{GatedNetwork.__name__}")
+        check.read(merged)
+        is_complete = "print_config" not in dict(line.settings)
+        for name in line.files:
+            try:
+                source = read_yaml(find_config(name), name)
+            except ConfigError as error:
+                check.mistakes.extend(error.mistakes)
+                is_complete = False
+                continue
+            check.read(source)
+            merged = merge(merged, source)
+        for key, text in line.settings:
+            if key != "print_config":
+                check.read(setting_tree(key, text))
+        if is_complete:
+            check.require_all()
+        check.raise_mistakes()
+        drop_replaced(merged, line)
+        return merged
+
+    def _parse_ckpt_path(self) -> None:
+        """Resolves ``--ckpt_path``; nothing in a checkpoint changes the config."""
+        if not self.config.get("subcommand"):
+            return
+        config = self.config[self.config.subcommand]
+        folder = Path(config.trainer.default_root_dir)
+        self._asked = config.get("ckpt_path")
+        self._checkpoint = resolve_checkpoint(str(self._asked), folder, self.config.subcommand) if self._asked else None
+        config.ckpt_path = None
+        if self._checkpoint is not None and is_gate_folder(self._checkpoint):
+            self.trainer_defaults["callbacks"] = [LoadGateFolder(self._checkpoint)]
+        elif self._checkpoint is not None:
+            config.ckpt_path = str(self._checkpoint)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses to mix two runs in one folder."""
+        assert self.subcommand is not None
+        config = self.config[self.subcommand]
+        if config.preview or config.trainer.fast_dev_run or getattr(rank_zero_only, "rank", 0) != 0:
+            return
+        folder = Path(config.trainer.default_root_dir)
+        if config.overwrite and self.subcommand == "fit" and self._asked is None:
+            clear_run(folder)
+        elif not (config.overwrite and self.subcommand != "fit"):
+            parser = self._subcommand_parsers[self.subcommand]
+            model = yaml.safe_load(parser.dump(config, format="yaml", skip_validation=True))["model"]
+            check_run_folder(folder, self.subcommand, model, self._checkpoint, self._asked == "auto")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """With TensorBoard and CSV in the run folder while fitting; a logger of the config replaces TensorBoard."""
+        config = self._get(self.config_init, "trainer")
+        logger, folder = config.get("logger"), config["default_root_dir"]
+        if self.subcommand == "fit" and logger is not False:
+            given = [] if logger in (None, True) else logger if isinstance(logger, list) else [logger]
+            kwargs["logger"] = [*(given or [RunTensorBoardLogger(folder)]), RunCSVLogger(folder)]
+        elif logger in (None, True):
+            kwargs["logger"] = False  # results of the other commands are in summary.json and test/
+        return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if "weights_only" in inspect.signature(getattr(Trainer, subcommand)).parameters:
+            kwargs["weights_only"] = True
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.config[subcommand].preview:
+            super()._run_subcommand(subcommand)
+            return
+        preview = getattr(self.datamodule, "preview", None)
+        if preview is None:
+            raise ValueError(
+                f"Expected a data module with preview() for --preview, but got {type(self.datamodule).__name__}."
+            )
+        print(preview(3))
+
+    def after_fit(self) -> None:
+        """Says where everything lies."""
+        folder = Path(self.trainer.default_root_dir)
+        rank_zero_info(f"run folder: {folder}\nTensorBoard: tensorboard --logdir {folder}")
+        for name in ("experts", "gate"):
+            if (folder / name).is_dir():
+                rank_zero_info(f"{name}: {folder / name}")
+
+
+def _asks_for_help(words: Sequence[str]) -> bool:
+    return any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in words)
+
+
+def _no_command(word: str | None) -> str:
+    if word is None:
+        return f"{COMMAND_LINE}: give a command: {', '.join(COMMANDS)}; --help says more."
+    return f"{COMMAND_LINE}: there is no command '{word}'. {nearest(word, dict.fromkeys(COMMANDS))}"
+
+
+def _has_value(line: CommandLine, key: str) -> bool:
+    return dict(line.settings).get(key) is not None
+
+
+def class_to_explain(words: Sequence[str]) -> str | None:
+    """The class of ``--help NAME`` or ``--help=NAME``."""
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in ("-h", "--help"):
+            following = value if equals else next(iter(words[index + 1 :]), "")
+            if following and not following.startswith("-") and following not in COMMANDS:
+                return following
+    return None
+
+
+def print_class_help(name: str) -> None:
+    """Prints the arguments of one gate, data module, callback, optimiser or schedule, as they are typed.
+
+    Raises:
+        ConfigError: There is no such class.
+    """
+    bases = list(EXPLAINED)
+    try:
+        cls = find_class(name, bases)
+    except ValueError as error:
+        near = nearest(name.rpartition(".")[2], named_classes(bases))
+        raise ConfigError([f"{COMMAND_LINE}: --help {name}: there is no such class. {near}"]) from error
+    positionals, key = next(options for base, options in EXPLAINED.items() if issubclass(cls, base))
+    skip: set[str | int] = {target.rpartition(".")[2] for target in LINKS}
+    parser = ArgumentParser(prog=name, usage=argparse.SUPPRESS, add_help=False)
+    parser.add_class_arguments(
+        cls, key, as_group=False, skip=skip | {positionals} if positionals else skip, fail_untyped=False
+    )
+    print(f"{cls.__name__}, in {cls.__module__}" + (f"; chosen with --{key} {cls.__name__}" if key else ""))
+    print(f"\n{inspect.getdoc(cls) or ''}".split("\nArgs:")[0].rstrip() + "\n")
+    print(parser.format_help().strip())

@@ -1,0 +1,73 @@
+"""Callbacks that belong to the command line: they store the config, and load a gate folder (layer 6)."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from radargate_pl.run_folder import stored_config, write_config
+from radargate_pl.run_loggers import RunCSVLogger
+
+
+class StoreConfig(SaveConfigCallback):
+    """Writes the resolved config into the run folder, without secrets; see ``run_folder.write_config``.
+
+    Args:
+        parser: the parser of the subcommand.
+        config: the parsed config.
+        kwargs: as Lightning passes them.
+    """
+
+    def __init__(self, parser: Any, config: Any, **kwargs: Any) -> None:
+        super().__init__(parser, config, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning calls this once, on rank zero."""
+        config = yaml.safe_load(self.parser.dump(self.config, format="yaml"))
+        assert trainer.state.fn is not None, "Lightning sets it before setup"
+        write_config(Path(trainer.default_root_dir), str(trainer.state.fn.value), stored_config(config))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed fit takes some steps again: their old rows go."""
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCSVLogger):
+                logger.drop_after(trainer.global_step)
+
+
+class LoadGateFolder(Callback):
+    """Loads a saved gate into the network that the config describes, checked against its fingerprints.
+
+    Args:
+        folder: the gate folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _load(self, pl_module: LightningModule) -> None:
+        from safetensors.torch import load_file
+
+        from radargate_pl.gate_folder import TENSORS, check_fingerprints, read_config
+
+        network: Any = pl_module.network
+        check_fingerprints(read_config(self.folder)["fingerprints"], network.fingerprints)
+        network.load_gate_state(load_file(self.folder / TENSORS))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the fit from this gate."""
+        self._load(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate this gate; the validations inside a fit see what the fit made of it."""
+        if trainer.state.fn == "validate":
+            self._load(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate this gate."""
+        self._load(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Answer with this gate."""
+        self._load(pl_module)

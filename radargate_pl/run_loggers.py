@@ -1,0 +1,85 @@
+"""Lightning's TensorBoard and CSV loggers, straight into the run folder, one file each (layer 6)."""
+
+import csv
+import io
+from pathlib import Path
+
+from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from radargate_pl.atomic_files import write_text
+
+METRICS = "metrics.csv"
+
+
+class RunTensorBoardLogger(TensorBoardLogger):
+    """Event files in the run folder; no ``version_N``, no ``hparams.yaml`` (the config is ``config.yaml``).
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(save_dir=folder, name="", version="", default_hp_metric=False)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Flush the event file."""
+        self.experiment.flush()
+
+
+class RunCSVLogger(CSVLogger):
+    """``metrics.csv`` in the run folder; a resumed fit appends to it (Lightning's own deletes it first).
+
+    Args:
+        folder: the run folder.
+        flush_logs_every_n_steps: logged steps between two writes.
+    """
+
+    def __init__(self, folder: str | Path, flush_logs_every_n_steps: int = 20) -> None:
+        super().__init__(folder, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
+
+    @property
+    def experiment(self) -> _ExperimentWriter:
+        """The writer; it knows the columns that are there already."""
+        if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
+            self._experiment = _AppendingWriter(self.log_dir)
+        return super().experiment
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Append what was logged since the last write."""
+        self.experiment.save()
+
+    @rank_zero_only
+    def drop_after(self, step: int) -> None:
+        """Remove rows of steps that a resumed fit is about to take again.
+
+        Args:
+            step: optimiser steps done so far; rows carry steps counted from 0, and a validation those of its last one.
+        """
+        path = Path(self.log_dir) / METRICS
+        if not path.exists():
+            return
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        text = io.StringIO()
+        if rows:
+            writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\r\n")
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) < step)
+        write_text(path, text.getvalue())
+
+
+class _AppendingWriter(ExperimentWriter):
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.metrics_keys = next(csv.reader(file), [])
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning's would warn about the folder and delete the file."""
