@@ -191,7 +191,9 @@ def _config(
     from peft import LoraConfig
 
     _check_tensors(lora_A, lora_B)
-    alphas = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(lora_A, alpha)
+    given = alpha if isinstance(alpha, Mapping) else dict.fromkeys(lora_A, alpha)
+    # Callers recover alpha from the scaling; rounding undoes 32.000000000000004 and with it a needless pattern.
+    alphas = {path: round(float(given[path]), 10) for path in lora_A}
     usual = Counter(alphas.values()).most_common(1)[0][0]
     return LoraConfig(
         r=rank,
@@ -204,7 +206,7 @@ def _config(
 
 
 def _whole(alpha: float) -> float | int:
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _check_tensors(lora_A: Mapping[str, Tensor], lora_B: Mapping[str, Tensor]) -> None:
