@@ -16,7 +16,7 @@ def loaded_banks(adapters: list[Adapter], dtype: torch.dtype, *, trainable: bool
 
     Args:
         adapters: the library, in order.
-        dtype: of frozen experts (the backbone's); trainable ones are float32.
+        dtype: of the experts (the backbone's for frozen ones, float32 for trainable ones).
         trainable: whether they train on.
 
     Returns:
@@ -27,8 +27,10 @@ def loaded_banks(adapters: list[Adapter], dtype: torch.dtype, *, trainable: bool
     banks = {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.lora_A):
         present = [adapter for adapter in adapters if path in adapter.lora_A]
-        lora_A = {adapter.name: adapter.lora_A[path].to(torch.float32 if trainable else dtype) for adapter in present}
-        lora_B = {adapter.name: adapter.lora_B[path].to(torch.float32 if trainable else dtype) for adapter in present}
+        # One cast per distinct tensor: experts that share their A (HydraLoRA) must go on sharing it.
+        cast = {id(t): t.to(dtype) for a in present for t in (a.lora_A[path], a.lora_B[path])}
+        lora_A = {adapter.name: cast[id(adapter.lora_A[path])] for adapter in present}
+        lora_B = {adapter.name: cast[id(adapter.lora_B[path])] for adapter in present}
         scaling = {adapter.name: adapter.scaling[path] for adapter in present}
         banks[path] = bank_class(lora_A, lora_B, scaling, library=library)
     return banks

@@ -62,7 +62,7 @@ class ExpertBank(Float32Module):
         self.rank = max(self.ranks)
         self.in_features = lora_A[self.names[0]].shape[1]
         self.out_features = lora_B[self.names[0]].shape[0]
-        self._cache: dict[str, Tensor] = {}
+        self._cache: dict[str, tuple[int, Tensor]] = {}
         self._store([lora_A[name] for name in self.names], [lora_B[name] for name in self.names])
 
     def _store(self, lora_A: list[Tensor], lora_B: list[Tensor]) -> None:
@@ -89,9 +89,12 @@ class ExpertBank(Float32Module):
         return lora_B.flatten(1) if active is None else lora_B[:, list(active)].flatten(1)
 
     def _cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
-        if name not in self._cache:
-            self._cache[name] = build()
-        return self._cache[name]
+        version = self.lora_B._version  # counts writes in place, `load_state_dict` among them
+        if name not in self._cache or self._cache[name][0] != version:
+            # Lightning validates in inference mode before it trains: a tensor made there could not be trained through.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache[name] = (version, build())
+        return self._cache[name][1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._cache.clear()
@@ -170,7 +173,9 @@ class ExpertBank(Float32Module):
 
     def norms(self, latents: Tensor) -> Tensor:
         """Compute the norms ``|v_i| = sqrt(h_i B_i^T B_i h_i^T)`` of all experts: (..., E, r) to (..., E), float32."""
-        return self._squared_norms(latents).clamp_min(0).sqrt()
+        squared = self._squared_norms(latents)
+        positive = squared > 0  # the root has no finite gradient at zero
+        return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
 
     def gram(self, latents: Tensor, indices: Tensor | None = None) -> Tensor:
         """Compute inner products ``<v_a, v_b>`` of the chosen experts from the cross Gram of ``lora_B``.
@@ -260,7 +265,8 @@ def _check_experts(
     if not lora_A or set(lora_A) != set(lora_B) or set(lora_A) != set(scaling) or not set(lora_A) <= set(library):
         raise ValueError(
             "Expected lora_A, lora_B and scaling to name the same experts, at least one, all of them in the library, "
-            f"but got lora_A={sorted(lora_A)}, lora_B={sorted(lora_B)}, scaling={sorted(scaling)}, library={sorted(library)}."
+            f"but got lora_A={sorted(lora_A)}, lora_B={sorted(lora_B)}, scaling={sorted(scaling)}, "
+            f"library={sorted(library)}."
         )
     first = next(iter(lora_A))
     width = (lora_A[first].shape[1], lora_B[first].shape[0])

@@ -172,8 +172,8 @@ class MoELinear(nn.Module):
         with _without_autocast(x):
             routing = self.gate(x, latents, self.bank, self.context)
             mixed = mix(latents, routing, self.bank, self.combine, self.gate.rotation, x, active=active)
-        if self.recorder is not None:
-            self.recorder(self, x, latents, routing)
+            if self.recorder is not None:
+                self.recorder(self, x, latents, routing)
         return y + mixed.to(y.dtype)
 
 

@@ -87,7 +87,8 @@ class GatedNetwork(nn.Module):
         }
         if new_experts is None:
             self.experts = tuple(adapter.name for adapter in self.adapters)
-            banks = loaded_banks(self.adapters, self.backbone.dtype, trainable=train != "gate")
+            expert_dtype = self.backbone.dtype if train == "gate" else torch.float32
+            banks = loaded_banks(self.adapters, expert_dtype, trainable=train != "gate")
         else:
             self.experts = new_experts.names(tasks or {})
             banks = new_banks(new_experts, self.experts, self.backbone)

@@ -53,8 +53,8 @@ class NewExperts:
         without = [name for name, category in tasks.items() if category is None]
         if without:
             raise ValueError(
-                f"Expected every task to have a category for new_experts.per: category, but these have none: {without}. "
-                "Add a `category` field to their records, or choose per: task."
+                f"Expected every task to have a category for new_experts.per: category, but these have none: "
+                f"{without}. Add a `category` field to their records, or choose per: task."
             )
         return tuple(dict.fromkeys(category for category in tasks.values() if category is not None))
 

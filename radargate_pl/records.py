@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class GateOutput:
 
     def detach(self) -> "GateOutput":
         """Return the same values without their graph."""
-        tensors = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
     def load(self) -> Tensor:
@@ -101,8 +102,13 @@ class GateOutput:
 
 def token_mask(tokens: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
     """Return 1 for real tokens, 0 for padding, in ``shape`` and the dtype of ``like``; ones without a mask."""
-    if tokens is None or tokens.numel() != math.prod(shape):
+    if tokens is None:
         return like.new_ones(shape)
+    if tokens.numel() != math.prod(shape):
+        raise ValueError(
+            f"Expected the mask of real tokens to cover the layer's {tuple(shape)} positions, but it has shape "
+            f"{tuple(tokens.shape)}. Pass the mask of this very batch to the network."
+        )
     return tokens.reshape(shape).to(like.dtype)
 
 

@@ -34,7 +34,7 @@ class TrainableExpertBank(ExpertBank):
         for weight in weights:
             if id(weight) not in made:
                 made[id(weight)] = nn.Parameter(weight.detach().to(gate_dtype(weight.dtype)).clone())
-        return nn.ParameterDict({state_key(n): made[id(w)] for n, w in zip(self.names, weights, strict=True)})
+        return ParametersByName({state_key(n): made[id(w)] for n, w in zip(self.names, weights, strict=True)})
 
     def expert_weights(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A (r_i, in) and B (out, r_i) of one expert: the parameters themselves."""
@@ -58,10 +58,14 @@ class TrainableExpertBank(ExpertBank):
 
 
 def state_key(name: str) -> str:
-    """Return the expert's name as it stands in state-dict keys, where a dot would start a new level.
+    """Return the expert's name as it stands in state-dict keys.
+
+    A dot would start a new level there, and names of ``nn.ParameterDict``'s own ("training", "keys") would replace its
+    attributes: both are written as ``%`` and two hexadecimal digits, like in a URL.
 
     Example:
-        >>> state_key("qwen2.5-maths")
-        'qwen2%2E5-maths'
+        >>> state_key("qwen2.5-maths"), state_key("training")
+        ('qwen2%2E5-maths', '%74raining')
     """
-    return name.replace(".", "%2E")
+    escaped = name.replace("%", "%25").replace(".", "%2E")
+    return f"%{ord(name[0]):02X}{name[1:]}" if hasattr(nn.ParameterDict(), escaped) else escaped

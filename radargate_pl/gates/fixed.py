@@ -55,7 +55,7 @@ class TaskGate(Gate):
     touches only its own expert.
 
     Raises:
-        ValueError: in forward, when the batch carries no expert ids.
+        ValueError: in forward, when the batch carries no expert ids, or their number does not fit its rows.
     """
 
     def active(self, bank: ExpertBank, context: Context) -> tuple[int, ...]:
@@ -69,15 +69,20 @@ class TaskGate(Gate):
         local = torch.full_like(expert, -1)
         for index, library_id in enumerate(bank.ids):
             local = torch.where(expert == library_id, index, local)
-        repeats = x.shape[0] // local.shape[0]  # beams and choices, or the positions of an input already flattened
+        repeats, rest = divmod(x.shape[0], local.shape[0])
+        if rest or not repeats:
+            raise ValueError(
+                f"TaskGate at {self.site.path}: expected the rows of the input to be a multiple of the "
+                f"{local.shape[0]} expert ids (beams and choices repeat rows side by side), but got {x.shape[0]} rows."
+            )
         rows = local.repeat_interleave(repeats).view(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:-1], 1)
         return Routing((rows >= 0).to(gate_dtype(latents.dtype)), rows.clamp_min(0), None)
 
     def _expert_ids(self, context: Context) -> tuple[Tensor, tuple[int, ...]]:
         if context.expert is None or context.active is None:
             raise ValueError(
-                f"TaskGate at {self.site.path}: expected the batch to carry the expert id of each example, but got none. "
-                "Pass `expert=` to the network, or choose a gate that does not need it."
+                f"TaskGate at {self.site.path}: expected the batch to carry the expert id of each example, but got "
+                "none. Pass `expert=` to the network, or choose a gate that does not need it."
             )
         return context.expert, context.active
 

@@ -1,5 +1,6 @@
 """The learned gate that only stretches: softmax, top-k, weighted sum (layer 1)."""
 
+import math
 from typing import Literal
 
 from torch import Tensor
@@ -42,8 +43,8 @@ class StretchGate(Gate):
     ) -> None:
         super().__init__(site)
         check_top_k(top_k)
-        if temperature <= 0:
-            raise ValueError(f"Expected temperature to be positive, but got {temperature}.")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"Expected temperature to be positive and finite, but got {temperature}.")
         if renormalize not in ("auto", "always", "never"):
             raise ValueError(f"Expected renormalize to be 'auto', 'always' or 'never', but got {renormalize!r}.")
         self.top_k = top_k
