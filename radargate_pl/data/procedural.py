@@ -1,5 +1,6 @@
 """Tasks made on the spot by reasoning-gym: no file, no network, the same examples for the same seed."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,16 +132,13 @@ def default_sizes(train: int | None, validation: int, test: int | None) -> dict[
 
 
 def _value(text: str, default: object) -> object:
-    """An option written in a task's name, in the type of its default value."""
+    """An option written in a task's name, in the type of its default value; text that is no such value stays text."""
     if isinstance(default, bool):
         return {"true": True, "false": False}.get(text.lower(), text)
-    try:
-        if isinstance(default, int):
-            return int(text)
-        if isinstance(default, float):
-            return float(text)
-    except ValueError:
-        return text
     if isinstance(default, list | tuple):
         return type(default)(_value(part, next(iter(default), "")) for part in text.split(","))
+    kinds = {int: (int,), float: (float,), type(None): (int, float)}.get(type(default), ())
+    for kind in kinds:
+        with contextlib.suppress(ValueError):
+            return kind(text)
     return text

@@ -1,0 +1,248 @@
+"""Record rules, sources, splits, and every bad input."""
+
+import gzip
+import logging
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from radargate_pl.data.library import Limits, read_tasks
+from radargate_pl.data.records import BadRecords, Line, parse_record
+from radargate_pl.data.sources import clean_name, expand
+
+SIZES = {"train": 20, "validation": 5, "test": 5}
+
+
+def read(tasks, validation=0, train=None, test=None, policy="raise", rationale=False):
+    bad_records = BadRecords(policy)
+    found = read_tasks(expand(tasks, SIZES), Limits(train, validation, test), bad_records, rationale)
+    return {task.name: task for task in found}
+
+
+def sources_of(task, split):
+    return [record.source for record in task.records[split]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "source", "targets"),
+    [
+        ({"source": "s", "targets": ["a", "b"]}, "s", ("a", "b")),
+        ({"source": "s", "target": "a"}, "s", ("a",)),
+        ({"question": "q", "answer": "a"}, "q", ("a",)),
+        ({"source": "s", "question": "q", "answer": "a"}, "s", ("a",)),
+        ({"instruction": "do", "source": "s", "targets": ["a"]}, "do\n\ns", ("a",)),
+        ({"instruction": "do", "targets": ["a"]}, "do", ("a",)),
+        ({"source": "s", "targets": ["a"], "target": "z", "answer": "y"}, "s", ("a",)),
+        ({"source": "s", "target": "a", "aliases": ["a", "b"]}, "s", ("a", "b")),
+        ({"source": "s", "answer": 4}, "s", ("4",)),
+        ({"source": "s", "targets": "a"}, "s", ("a",)),
+    ],
+)
+def test_fields_become_source_and_targets(fields, source, targets):
+    record, _ = parse_record(Line("f:1", fields), "x-0")
+    assert (record.source, record.targets, record.id, record.where) == (source, targets, "x-0", "f:1")
+
+
+def test_optional_fields_are_kept():
+    fields = {
+        "source": "s",
+        "target": "a",
+        "rationale": "r",
+        "choices": ["a", "b"],
+        "id": 7,
+        "category": "c",
+        "task": "t",
+    }
+    record, placement = parse_record(Line("f:1", {**fields, "split": "dev"}), "x-0")
+    assert (record.id, record.rationale, record.choices) == ("7", "r", ("a", "b"))
+    assert placement == ("t", "c", "validation")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"source": "s"}, r"record without targets \(nor target, nor answer\); it has source"),
+        ({"source": "s", "targets": []}, "record without targets"),
+        ({"source": "s", "targets": ["", " "]}, "record without targets"),
+        ({"target": "a"}, "record without source"),
+        ({"source": ["s"], "target": "a"}, "source is list, expected a string"),
+        ({"source": "s", "target": True}, "target is bool, expected a string"),
+        ({"source": "s", "target": "a", "split": "tset"}, "split is 'tset', expected one of train"),
+    ],
+)
+def test_bad_fields_give_a_reason(fields, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_record(Line("f:1", fields), "x-0")
+
+
+@pytest.mark.parametrize("name", ["aqua.jsonl", "aqua.jsonl.gz"])
+def test_json_lines_plain_and_gzip(write_jsonl, numbered, name):
+    tasks = read(str(write_jsonl(name, numbered(3))))
+    assert sources_of(tasks["aqua"], "train") == ["q0", "q1", "q2"]
+    assert [record.id for record in tasks["aqua"].records["train"]] == ["aqua-0", "aqua-1", "aqua-2"]
+
+
+def test_parquet_with_lists(tmp_path):
+    pq.write_table(pa.table({"question": ["a?", "b?"], "targets": [["1", "2"], ["3"]]}), tmp_path / "p.parquet")
+    records = read(str(tmp_path / "p.parquet"))["p"].records["train"]
+    assert [record.targets for record in records] == [("1", "2"), ("3",)]
+    assert records[1].where.endswith("p.parquet:2")
+
+
+def test_validation_is_the_tail_of_train_never_of_test(write_jsonl, numbered):
+    write_jsonl("d/aqua.train.jsonl", numbered(10))
+    write_jsonl("d/aqua.test.jsonl", numbered(4, "t"))
+    task = read(str(write_jsonl("d/x.jsonl", numbered(9)).parent), validation=3, train=5, test=2)["aqua"]
+    assert sources_of(task, "train") == ["q0", "q1", "q2", "q3", "q4"]
+    assert sources_of(task, "validation") == ["q7", "q8", "q9"]
+    assert sources_of(task, "test") == ["t0", "t1"]
+
+
+def test_split_field_divides_a_file(write_jsonl, numbered):
+    records = numbered(6, split="train") + numbered(2, "t", split="test")
+    task = read(str(write_jsonl("a.jsonl", records)), validation=2)["a"]
+    assert sources_of(task, "train") == ["q0", "q1", "q2", "q3"]
+    assert sources_of(task, "validation") == ["q4", "q5"]
+    assert sources_of(task, "test") == ["t0", "t1"]
+
+
+def test_validation_of_its_own_replaces_the_tail(write_jsonl, numbered):
+    write_jsonl("d/a.validation.jsonl", numbered(4, "v"))
+    task = read(str(write_jsonl("d/a.train.jsonl", numbered(6)).parent), validation=3)["a"]
+    assert len(task.records["train"]) == 6
+    assert sources_of(task, "validation") == ["v0", "v1", "v2"]
+
+
+def test_niv2_like_folder_gives_categories(write_jsonl, numbered):
+    write_jsonl("niv2/mathematics/add.jsonl.gz", numbered(2))
+    write_jsonl("niv2/language/pos.jsonl", numbered(2, category="grammar"))
+    write_jsonl("niv2/tasks.json", ["not records"])
+    root = write_jsonl("niv2/flat.jsonl", numbered(2)).parent
+    tasks = read(str(root))
+    assert {name: task.category for name, task in tasks.items()} == {
+        "flat": None,
+        "pos": "grammar",
+        "add": "mathematics",
+    }
+
+
+def test_a_file_can_hold_several_tasks_unless_the_user_names_it(write_jsonl, numbered):
+    path = str(write_jsonl("mix.jsonl", numbered(2, task="one") + numbered(3, task="two!")))
+    assert {name: len(task.records["train"]) for name, task in read(path).items()} == {"one": 2, "two_": 3}
+    assert list(read({"mine": path})) == ["mine"]
+    assert list(read([{"mine": path}, {"rg": "reasoning_gym:chain_sum"}])) == ["mine", "rg"]
+
+
+def test_disagreeing_categories_count_as_none(write_jsonl, numbered, caplog):
+    path = write_jsonl("a.jsonl", numbered(1, category="x") + numbered(1, category="y"))
+    assert read(str(path))["a"].category is None
+    assert "several categories" in caplog.text
+
+
+def test_task_names_are_safe():
+    assert clean_name("my task/v1.0") == "my_task_v1_0"
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_bad_lines_come_in_one_message_with_file_and_line(write_jsonl):
+    good = {"source": "s", "target": "a"}
+    path = write_jsonl("a.jsonl", [good, "{not json", "", {"source": "s"}, "[1]", good])
+    with pytest.raises(ValueError, match="found 3 bad records") as caught:
+        read(str(path))
+    message = str(caught.value)
+    assert f"{path}:2: not JSON: Expecting property name" in message
+    assert f"{path}:4: record without targets" in message
+    assert f"{path}:5: expected a JSON object, found list" in message
+    assert "on_bad_record: skip" in message
+
+
+def test_only_the_first_ten_bad_lines_are_shown(write_jsonl):
+    with pytest.raises(ValueError, match=r"found 12 bad records[^$]*and 2 more"):
+        read(str(write_jsonl("a.jsonl", ["{"] * 12)))
+
+
+def test_skip_counts_and_logs(write_jsonl, numbered, caplog):
+    path = write_jsonl("a.jsonl", ["{oops", *numbered(3)])
+    with caplog.at_level(logging.WARNING):
+        task = read(str(path), policy="skip")["a"]
+    assert (len(task.records["train"]), task.skipped) == (3, 1)
+    assert f"skipped {path}:1: not JSON" in caplog.text
+
+
+def test_not_utf8_is_a_bad_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"source": "\xff", "target": "a"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: not UTF-8"):
+        read(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_corrupt_file(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"x" * 1000)[:-12] if name.endswith("gz") else b"PAR1 no")
+    with pytest.raises(ValueError, match=rf"{name} to be a readable file.*Copy or download it again"):
+        read(str(tmp_path / name))
+
+
+def test_empty_file_is_an_empty_task(write_jsonl):
+    with pytest.raises(ValueError, match=r"at least one usable record in every entry.*a\.jsonl"):
+        read(str(write_jsonl("a.jsonl", [])))
+
+
+def test_too_few_records_for_validation(write_jsonl, numbered):
+    with pytest.raises(ValueError, match=r"more than validation_examples=5 train records of task 'a'.*found 5"):
+        read(str(write_jsonl("a.jsonl", numbered(5))), validation=5)
+
+
+def test_split_against_the_file_name(write_jsonl, numbered):
+    with pytest.raises(ValueError, match="split is 'test' in a file whose name says 'train'"):
+        read(str(write_jsonl("a.train.jsonl", numbered(1, split="test"))))
+
+
+def test_rationale_wanted_but_missing(write_jsonl, numbered):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: target: rationale was asked for"):
+        read(str(write_jsonl("a.jsonl", numbered(1))), rationale=True)
+
+
+def test_duplicate_task_names(write_jsonl, numbered):
+    write_jsonl("d/x/a.jsonl", numbered(1))
+    write_jsonl("d/y/a.jsonl", numbered(1))
+    with pytest.raises(ValueError, match=r"task names to be unique, but 'a' \(train\) comes from"):
+        read(str(Path(write_jsonl("d/z/b.jsonl", numbered(1))).parents[1]))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "reason"),
+    [
+        ([], "tasks to name at least one task"),
+        (["nowhere.jsonl"], "no such file or folder"),
+        (["./nowhere"], "no such file or folder"),
+        (["nowhere"], r"a hub id \(owner/name\) or reasoning_gym:<name>, but 'nowhere'"),
+        ([{"a": "o/x"}, {"a": "o/y"}], "names in tasks to be unique"),
+        (["o/x?config"], "name=value&name=value after"),
+        ([3], "tasks to be text, a list or a mapping, but got int"),
+    ],
+)
+def test_entries_that_name_nothing(tasks, reason):
+    with pytest.raises(ValueError, match=reason):
+        expand(tasks, SIZES)
+
+
+def test_folder_without_records_and_file_listed_twice(tmp_path, write_jsonl, numbered):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"Expected files ending in \.jsonl.*found none"):
+        expand(str(tmp_path / "empty"), SIZES)
+    path = str(write_jsonl("d/a.jsonl", numbered(1)))
+    with pytest.raises(ValueError, match="listed twice"):
+        expand([path, str(tmp_path / "d")], SIZES)
+
+
+@pytest.mark.parametrize(
+    ("limits", "name"),
+    [((0, 1, 1), "max_examples"), ((1, -1, 1), "validation_examples"), ((1, 1, -1), "test_examples")],
+)
+def test_limits_out_of_range(limits, name):
+    with pytest.raises(ValueError, match=f"Expected {name} to be"):
+        Limits(*limits)
