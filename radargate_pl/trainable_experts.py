@@ -34,7 +34,7 @@ class TrainableExpertBank(ExpertBank):
         for weight in weights:
             if id(weight) not in made:
                 made[id(weight)] = nn.Parameter(weight.detach().to(gate_dtype(weight.dtype)).clone())
-        return ParametersByName({state_key(n): made[id(w)] for n, w in zip(self.names, weights, strict=True)})
+        return nn.ParameterDict({state_key(n): made[id(w)] for n, w in zip(self.names, weights, strict=True)})
 
     def expert_weights(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A (r_i, in) and B (out, r_i) of one expert: the parameters themselves."""
