@@ -1,0 +1,102 @@
+"""Which experts a gate uses: share of the weight per expert, and how undecided the gate is."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from radargate_pl.callbacks.loggers import finished_steps_before, log_to_loggers
+from radargate_pl.records import GateOutput
+
+
+class ExpertLoadMonitor(Callback):
+    """Logs, per layer, each expert's share of the routed weight and the mean entropy of the weights.
+
+    Every ``every_n_steps`` optimiser steps the loggers get ``gate/<layer>/load/<expert>`` (sums to 1 over the experts),
+    ``gate/<layer>/entropy`` in nats (0 = one expert, log E = all alike), and their plain means over the layers,
+    ``gate/load/<expert>`` and ``gate/entropy``. Each validation logs the means as ``val/load/<expert>`` and
+    ``val/gate_entropy``.
+
+    Args:
+        every_n_steps: optimiser steps between two entries in the loggers.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"Expected every_n_steps to be at least 1, but got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._training = _Loads()
+        self._evaluation = _Loads()
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Ask the module for the gates."""
+        pl_module.request_gates(self.wants_gates)
+
+    def wants_gates(self, stage: str, step: int) -> bool:
+        """Every validation batch, and every ``every_n_steps``-th optimiser step from the first on."""
+        return stage == "val" or (stage == "train" and step % self.every_n_steps == 0)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Average the micro-batches of a step; log when it was taken."""
+        if self.wants_gates("train", finished_steps_before(trainer, pl_module)):
+            self._training.add(outputs["gates"] or {})
+        if pl_module.completed_step is not None:
+            log_to_loggers(trainer, self._training.finish(trainer))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        """Take in the batch."""
+        if not trainer.sanity_checking:
+            self._evaluation.add(outputs["gates"] or {})
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Log the means over the layers."""
+        values = self._evaluation.finish(trainer)
+        means = {name: value for name, value in values.items() if name.startswith("gate/load/")}
+        named = {name.replace("gate/load/", "val/load/"): value for name, value in means.items()}
+        if "gate/entropy" in values:
+            named["val/gate_entropy"] = values["gate/entropy"]
+        log_to_loggers(trainer, named)
+
+
+class _Loads:
+    """Means over batches, weighted by their real tokens, kept on the device until they are logged."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # layer -> (E + 2,): load * tokens per expert, entropy * tokens, tokens
+        self._experts: dict[str, tuple[str, ...]] = {}
+
+    def add(self, gates: dict[str, GateOutput]) -> None:
+        for path, output in gates.items():
+            tokens = output.weights[..., 0].numel() if output.tokens is None else output.tokens.sum()
+            values = (
+                torch.cat([output.load(), output.entropy().reshape(1), output.weights.new_ones(1)]).double() * tokens
+            )
+            self._sums[path] = self._sums[path] + values if path in self._sums else values
+            self._experts[path] = output.experts
+
+    def finish(self, trainer: Trainer) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for path, sums in self._sums.items():
+            total = trainer.strategy.reduce(sums, reduce_op="sum") if trainer.world_size > 1 else sums
+            *loads, entropy, _ = (total / total[-1].clamp_min(1)).tolist()
+            values |= {f"gate/{path}/load/{name}": load for name, load in zip(self._experts[path], loads, strict=True)}
+            values[f"gate/{path}/entropy"] = entropy
+        if self._sums:
+            values |= self._means_over_layers(values)
+        self._sums.clear()
+        return values
+
+    def _means_over_layers(self, values: dict[str, float]) -> dict[str, float]:
+        layers = list(self._sums)
+        means = {"gate/entropy": _mean(values[f"gate/{path}/entropy"] for path in layers)}
+        for name in dict.fromkeys(name for path in layers for name in self._experts[path]):
+            present = (path for path in layers if name in self._experts[path])
+            means[f"gate/load/{name}"] = _mean(values[f"gate/{path}/load/{name}"] for path in present)
+        return means
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)

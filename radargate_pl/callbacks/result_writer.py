@@ -1,0 +1,103 @@
+"""Files that outlive the run: gate and experts after a fit, scores and answers after a test or predict."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from radargate_pl.atomic_files import write_json, write_text
+from radargate_pl.callbacks.loggers import is_trial
+
+FORMAT_VERSION = 1
+
+
+class ResultWriter(Callback):
+    """Writes what a command was run for into the run folder, on rank 0.
+
+    * fit: ``gate/`` if a gate trained, ``experts/<name>/`` if experts trained, both from the last step;
+    * test: ``test/<task>/results.json`` and ``predictions.jsonl`` (teacher-forced loss and exact match per example);
+    * predict: ``predict/<task>/predictions.jsonl`` with the generated answers.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save what trained."""
+        if not trainer.is_global_zero or is_trial(trainer):
+            return
+        network: Any = pl_module.network
+        folder = Path(trainer.default_root_dir)
+        trained = network.trainable_state()
+        if any(".gate." in name for name in trained):
+            network.save_pretrained(folder / "gate")
+        if any(".bank." in name for name in trained):
+            network.save_experts(folder / "experts")
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin with no rows."""
+        self._rows = []
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        """Keep each example's scores."""
+        scores = outputs["scores"]
+        columns = (scores.loss_sum.tolist(), scores.tokens.tolist(), scores.exact.tolist())
+        names = [pl_module.task_names[index] for index in batch["task"].tolist()]
+        for task, number, references, loss, tokens, exact in zip(
+            names, batch["id"], batch["references"], *columns, strict=True
+        ):
+            row = {"id": number, "task": task, "loss": loss / max(tokens, 1), "tokens": tokens, "exact_match": exact}
+            self._rows.append({**row, "references": references})
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write scores and examples of each task."""
+        rows = _from_all_ranks(self._rows, trainer)
+        if not trainer.is_global_zero:
+            return
+        network: Any = pl_module.network
+        for task, score in pl_module.task_results.items():
+            folder = Path(trainer.default_root_dir) / "test" / task
+            results = {
+                "format_version": FORMAT_VERSION,
+                "task": task,
+                **asdict(score),
+                "gate": network.describe(),
+                "fingerprints": network.fingerprints,
+                "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            }
+            _write_lines(folder / "predictions.jsonl", (row for row in rows if row["task"] == task))
+            write_json(folder / "results.json", results)  # last: where it is, the rest is complete
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin with no rows."""
+        self._rows = []
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        """Keep the answers."""
+        for answer in outputs:
+            accepted = {reference.strip() for reference in answer["references"]}
+            self._rows.append({**answer, "exact_match": answer["prediction"] in accepted})
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write the answers of each task."""
+        rows = _from_all_ranks(self._rows, trainer)
+        if trainer.is_global_zero:
+            for task in dict.fromkeys(row["task"] for row in rows):
+                path = Path(trainer.default_root_dir) / "predict" / task / "predictions.jsonl"
+                _write_lines(path, (row for row in rows if row["task"] == task))
+
+
+def _from_all_ranks(rows: list[dict[str, Any]], trainer: Trainer) -> list[dict[str, Any]]:
+    if trainer.world_size == 1:
+        return rows
+    gathered: list[list[dict[str, Any]]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(gathered, rows)
+    return [row for part in gathered for row in part]
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,137 @@
+"""Checkpoints with fixed names, each file whole or absent."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from radargate_pl.atomic_files import link_or_copy, save_atomically
+from radargate_pl.callbacks.loggers import is_trial
+
+CHECKPOINTS = "checkpoints"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its target, flushes it to disk and renames it.
+
+    Lightning's own writes to ``$TMPDIR`` and moves: across file systems that is a copy, half done when the job is
+    killed.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write one checkpoint.
+
+        Args:
+            checkpoint: what to save.
+            path: the file.
+            storage_options: not used.
+        """
+        save_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps ``step=00000040.ckpt``, ``last.ckpt`` and ``best.ckpt`` in ``checkpoints/`` of the run folder.
+
+    ``best.ckpt`` is the checkpoint with the lowest ``val/loss``, ``last.ckpt`` the newest. Both are second names of
+    step files and stay when those are removed. A checkpoint is written every ``every_n_steps``, after each validation,
+    and at the end.
+
+    Args:
+        every_n_steps: optimiser steps between two checkpoints; ``None`` saves after validations and at the end only.
+        keep: how many of the newest step files stay; -1 keeps all.
+        monitor: logged value that decides what is best, lower is better.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, keep: int = 1, monitor: str = "val/loss") -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"Expected every_n_steps to be at least 1 or null, but got {every_n_steps}")
+        if keep < 1 and keep != -1:
+            raise ValueError(f"Expected keep to be at least 1, or -1 for all, but got {keep}")
+        super().__init__(monitor=monitor, mode="min", save_last=True, every_n_epochs=1, enable_version_counter=False)
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self._best: float | None = None
+
+    @property
+    def state_key(self) -> str:
+        """One key whatever the arguments, so that a resumed fit may save more or less often."""
+        return type(self).__qualname__
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Take the run folder's ``checkpoints``, and make every save of this trainer atomic."""
+        self.dirpath = str(Path(trainer.default_root_dir).resolve() / CHECKPOINTS)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # somebody's own plugin stays
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save every ``every_n_steps`` and after the last step."""
+        if pl_module.completed_step is None:
+            return
+        is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        # The end of the fit is too late: Lightning then believes the epoch is over, and a longer fit would skip its
+        # rest.
+        if is_due or trainer.global_step == trainer.max_steps:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Nothing: steps and validations decide."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save, and keep the file as ``best.ckpt`` if the monitored value has never been lower."""
+        if trainer.sanity_checking or trainer.state.fn != "fit" or is_trial(trainer):
+            return
+        value = trainer.callback_metrics.get(str(self.monitor))
+        is_best = value is not None and (self._best is None or float(value) < self._best)
+        if value is not None and is_best:
+            self._best = float(value)  # before saving: the file must know about itself
+            self.best_model_score = value
+            self.best_model_path = str(self._folder / "best.ckpt")
+        path = self._save(trainer)
+        if is_best and trainer.is_global_zero:
+            link_or_copy(path, Path(self.best_model_path))
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save what no step or validation has saved."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Nothing: in the middle of a step there is no state to go on from, and ``last.ckpt`` is there."""
+
+    @property
+    def _folder(self) -> Path:
+        assert self.dirpath is not None, "set in setup"
+        return Path(self.dirpath)
+
+    def _save(self, trainer: Trainer) -> Path:
+        folder = self._folder
+        path = folder / f"step={trainer.global_step:08d}.ckpt"
+        if is_trial(trainer):
+            return path
+        self.last_model_path = str(folder / "last.ckpt")
+        self._save_checkpoint(trainer, str(path))
+        if trainer.is_global_zero:
+            link_or_copy(path, folder / "last.ckpt")
+            self._remove_older(folder, path)
+        trainer.strategy.barrier()
+        return path
+
+    def _remove_older(self, folder: Path, newest: Path) -> None:
+        if self.keep == -1:
+            return
+        older = sorted(path for path in folder.glob("step=*.ckpt") if path.name <= newest.name)
+        for path in older[: -self.keep]:
+            path.unlink()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far."""
+        return {"best": self._best, "best_model_path": self.best_model_path}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best value so far, if the checkpoint lies in this run folder."""
+        if self.dirpath and Path(state_dict["best_model_path"]).parent == Path(self.dirpath):
+            self._best = state_dict["best"]
+            self.best_model_path = state_dict["best_model_path"]

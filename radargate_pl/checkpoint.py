@@ -1,0 +1,134 @@
+"""What a checkpoint says about its network, and the strict check before it is read back."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+FORMAT_VERSION = 1
+SECTION = "radargate"
+
+
+class Checkpointed(Protocol):
+    """The part of a network that checkpoints speak to."""
+
+    fingerprints: dict[str, Any]
+
+    def describe(self) -> str:
+        """The gate in one line."""
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What trains, by the names of the file format."""
+
+    def load_trainable_state(self, state: Mapping[str, Tensor], /) -> None:
+        """Read ``trainable_state`` back, strictly."""
+
+
+def store_network(checkpoint: dict[str, Any], network: Checkpointed) -> None:
+    """Replace the checkpoint's weights by what trains, and add what they belong to.
+
+    Only tensors, dicts, strings and numbers go in, so that the file opens with ``weights_only=True``.
+
+    Args:
+        checkpoint: Lightning's checkpoint, changed in place.
+        network: the network being saved.
+    """
+    checkpoint["state_dict"] = {name: tensor.detach() for name, tensor in network.trainable_state().items()}
+    checkpoint[SECTION] = {
+        "format_version": FORMAT_VERSION,
+        "gate": network.describe(),
+        "fingerprints": {
+            "backbone": str(network.fingerprints["backbone"]),
+            "experts": {str(name): str(value) for name, value in network.fingerprints["experts"].items()},
+        },
+    }
+
+
+def restore_network(checkpoint: Mapping[str, Any], network: Checkpointed, *, is_resuming: bool) -> None:
+    """Load the trained weights of a checkpoint, or refuse with every difference at once.
+
+    Args:
+        checkpoint: what the file held.
+        network: the network built from the configuration, which decides.
+        is_resuming: whether training goes on. Then a gate with other arguments is refused as well; for validate, test
+            and predict, where what the user typed beats what the file stored, it is only warned about.
+
+    Raises:
+        ValueError: if the file is not one of ours, or gate, parameters, backbone or experts differ.
+    """
+    if SECTION not in checkpoint:
+        raise ValueError(
+            f"Expected a checkpoint written by radargate (with a section {SECTION!r}), but got one with "
+            f"{sorted(map(str, checkpoint))}; pass --ckpt_path a file from checkpoints/ in a run folder"
+        )
+    saved = checkpoint[SECTION]
+    if saved["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"Expected a checkpoint of format_version <= {FORMAT_VERSION}, but got {saved['format_version']}; "
+            "it was written by a newer radargate: upgrade this one"
+        )
+    problems = [
+        *_gate_problems(saved["gate"], network.describe(), is_resuming),
+        *_state_problems(checkpoint["state_dict"], network.trainable_state()),
+        *_fingerprint_problems(saved["fingerprints"], network.fingerprints),
+    ]
+    if problems:
+        raise ValueError(
+            "The checkpoint does not fit the network of this configuration:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+            + "\nUse the config.yaml that lies in the checkpoint's run folder, or start a new run without --ckpt_path"
+        )
+    network.load_trainable_state(checkpoint["state_dict"])
+
+
+def _gate_problems(saved: str, present: str, is_resuming: bool) -> Iterable[str]:
+    if saved == present:
+        return
+    difference = f"gate: the checkpoint was saved with {saved}, the configuration has {present}"
+    if is_resuming or saved.partition("(")[0] != present.partition("(")[0]:
+        yield difference
+    else:
+        rank_zero_warn(f"{difference}; going on with the configuration's arguments and the checkpoint's weights")
+
+
+def _state_problems(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Iterable[str]:
+    if missing := sorted(present.keys() - saved.keys()):
+        yield f"parameters missing in the checkpoint: {_some(missing)}"
+    if extra := sorted(saved.keys() - present.keys()):
+        yield f"parameters the network does not have: {_some(extra)}"
+    for name in sorted(saved.keys() & present.keys()):
+        before, after = tuple(saved[name].shape), tuple(present[name].shape)
+        if before != after:
+            yield f"{name}: shape {before} in the checkpoint, {after} in the network"
+
+
+def _fingerprint_problems(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iterable[str]:
+    if saved["backbone"] != present["backbone"]:
+        yield f"backbone: fingerprint {saved['backbone']} in the checkpoint, {present['backbone']} now"
+    experts, now = saved["experts"], present["experts"]
+    if list(experts) != list(now) and set(experts) == set(now):
+        yield f"experts: order {list(experts)} in the checkpoint, {list(now)} now"
+    for name in sorted(experts.keys() | now.keys()):
+        before, after = experts.get(name, "absent"), now.get(name, "absent")
+        if before != after:
+            yield f"expert {name}: fingerprint {before} in the checkpoint, {after} now"
+
+
+def _some(names: list[str], shown: int = 6) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint file without running any code in it.
+
+    Args:
+        path: a ``.ckpt`` file.
+
+    Returns:
+        Its content, tensors on the CPU.
+    """
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content

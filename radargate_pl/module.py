@@ -1,0 +1,298 @@
+"""The one LightningModule: trains and evaluates whatever network it is given (layer 5)."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from radargate_pl.checkpoint import restore_network, store_network
+from radargate_pl.expert_gradients import AccumulatedExamples, clip_groups, expert_parameters, mean_gradients
+from radargate_pl.losses import example_mean_cross_entropy
+from radargate_pl.metrics import TaskScore, TaskScores, mean_over_tasks, score_examples
+from radargate_pl.networks import GatedNetwork, LabelledLogits
+from radargate_pl.records import GateOutput, record_gates
+from radargate_pl.steps import CompletedStep, EvaluationOutput, Prediction, StepOutput
+
+# (stage, finished optimiser steps) -> whether that batch's gates are wanted; stages are train, val and test.
+WantsGates = Callable[[str, int], bool]
+
+
+class AdaptedLM(LightningModule):
+    """A frozen language model with experts and gates: one step for training, validation and test.
+
+    The loss is the mean over examples of the mean cross-entropy over that example's answer tokens, exact over ranks and
+    accumulation steps, also when their last batches are smaller. While experts train under TaskGate each expert's
+    gradient is the mean over its own examples and is clipped by itself, so that experts trained together equal experts
+    trained alone.
+
+    Args:
+        network: makes the network from the tasks' categories, once the data are known.
+        optimizer: makes the optimiser from the trainable parameters.
+        lr_scheduler: makes a learning rate schedule from the optimiser; it advances with every optimiser step.
+        max_new_tokens: longest generated answer in ``predict`` and sample generations, in tokens.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Mapping[str, str | None]], GatedNetwork],
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] = lambda parameters: torch.optim.AdamW(
+            parameters, lr=1e-4, weight_decay=0.0
+        ),
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        self.network_factory = network
+        self.network: GatedNetwork | None = None
+        self.optimizer_factory = optimizer
+        self.lr_scheduler_factory = lr_scheduler
+        self.max_new_tokens = max_new_tokens
+        self.strict_loading = (
+            False  # restore_network compares the keys itself; Lightning's own loading finds nothing left to do
+        )
+        self.task_names: tuple[str, ...] = ()
+        self.task_results: dict[str, TaskScore] = {}
+        self.completed_step: CompletedStep | None = None
+        self.restored_step = 0  # optimiser steps behind the weights of a loaded checkpoint
+        self._expert_of_task = torch.empty(0, dtype=torch.int64)
+        self._gate_requests: list[WantsGates] = []
+
+    def request_gates(self, wants: WantsGates) -> None:
+        """Ask for the gates of some batches: ``outputs["gates"]`` of their steps, detached, by layer path.
+
+        Args:
+            wants: called before every batch with the stage (``train``, ``val``, ``test``) and the number of finished
+                optimiser steps.
+        """
+        if wants not in self._gate_requests:  # callbacks ask in setup, which runs once for fit and again for test
+            self._gate_requests.append(wants)
+
+    def setup(self, stage: str) -> None:
+        """Begin a command: results of the one before are not its own."""
+        self.task_results = {}
+
+    def configure_model(self) -> None:
+        """Build the network from the data's tasks, once.
+
+        Raises:
+            ValueError: if the trainer runs without a LightningDataModule that knows its tasks.
+        """
+        if self.network is not None:
+            return
+        datamodule = self._datamodule
+        if not hasattr(datamodule, "categories"):
+            raise ValueError(
+                "Expected the trainer to run with a datamodule that has `categories`, but got "
+                f"{type(datamodule).__name__}; pass `datamodule=FlanMixture(...)`"
+            )
+        self.task_names = tuple(datamodule.task_names)
+        self.network = self.network_factory(dict(datamodule.categories))
+        ids = [self.network.expert_of_task.get(name, -1) for name in self.task_names]
+        self._expert_of_task = torch.tensor(ids, dtype=torch.int64)
+        self.scores = TaskScores(len(self.task_names))
+        self._accumulated = AccumulatedExamples(len(self.network.experts))
+
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    @property
+    def built_network(self) -> GatedNetwork:
+        """The network, which exists from ``configure_model`` on."""
+        assert self.network is not None, "the network is built in configure_model"
+        return self.network
+
+    def expert_ids(self, task: Tensor) -> Tensor:
+        """Expert id of each example.
+
+        Args:
+            task: task indices, (B,) int64.
+
+        Returns:
+            (B,) int64 on the same device, -1 for a task without an expert of its own.
+        """
+        self._expert_of_task = self._expert_of_task.to(task.device)
+        return self._expert_of_task[task]
+
+    def model_step(self, batch: dict[str, Any], stage: str) -> StepOutput:
+        """Run one batch: logits at the labelled positions, their loss, and the gates if anyone asked for them.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask``, ``labels`` (B, S) and ``task`` (B,), all int64.
+            stage: ``train``, ``val`` or ``test``.
+
+        Returns:
+            The logits and the loss with their graph; the gates without.
+        """
+        network = self.built_network
+        is_wanted = any(wants(stage, self.trainer.global_step) for wants in self._gate_requests)
+        recording: AbstractContextManager[dict[str, GateOutput]] = (
+            record_gates(network.backbone) if is_wanted else nullcontext({})
+        )
+        with recording as outputs:
+            labelled: LabelledLogits = network(
+                batch["input_ids"], batch["attention_mask"], batch["labels"], expert=self.expert_ids(batch["task"])
+            )
+        loss = example_mean_cross_entropy(*labelled, len(batch["task"]))
+        # Lightning passes step outputs on to callbacks as they are, graph included.
+        gates = {path: output.detach() for path, output in outputs.items()} if is_wanted else None
+        return StepOutput(labelled, loss, gates)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """One micro-batch.
+
+        Returns:
+            ``loss``: weighted by its number of examples (by 1 for a full batch), which makes accumulation exact;
+                ``gates``.
+        """
+        self.completed_step = None  # until configure_gradient_clipping says that this batch completes one
+        _, loss, gates = self.model_step(batch, "train")
+        num_examples = len(batch["task"])
+        self._accumulated.add(loss, num_examples, self.expert_ids(batch["task"]))
+        return {"loss": loss * (num_examples / self._full_batch), "gates": gates}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> EvaluationOutput:
+        """Score one batch; returns its ``gates`` and ``scores``."""
+        return self._score(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> EvaluationOutput:
+        """Score one batch; returns its ``gates`` and ``scores``."""
+        return self._score(batch, "test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
+        """Answer the prompts of one batch greedily."""
+        answers = self.generate(batch["input_ids"], batch["attention_mask"], batch["task"])
+        rows = zip(batch["id"], batch["task"].tolist(), answers, batch["references"], strict=True)
+        return [Prediction(id=i, task=self.task_names[t], prediction=a, references=list(r)) for i, t, a, r in rows]
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, task: Tensor) -> list[str]:
+        """Greedy answers as text.
+
+        Args:
+            input_ids: left-padded prompts, (B, S) int64.
+            attention_mask: (B, S) int64.
+            task: task indices, (B,) int64.
+
+        Returns:
+            B texts without special tokens and outer white space.
+        """
+        network = self.built_network
+        tokens = network.generate(
+            input_ids, attention_mask, expert=self.expert_ids(task), do_sample=False, max_new_tokens=self.max_new_tokens
+        )
+        return [text.strip() for text in network.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _score(self, batch: dict[str, Any], stage: str) -> EvaluationOutput:
+        labelled, _, gates = self.model_step(batch, stage)
+        scores = score_examples(*labelled, len(batch["task"]))
+        self.scores.update(scores, batch["task"])
+        return EvaluationOutput(gates=gates, scores=scores)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of every task and their plain mean."""
+        self._finish_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of every task and their plain mean."""
+        self._finish_scores("test")
+
+    def _finish_scores(self, stage: str) -> None:
+        self.task_results = self.scores.results(self.task_names)
+        self.scores.reset()
+        if not self.task_results:
+            return
+        mean = mean_over_tasks(self.task_results)
+        values = {f"{stage}/loss": mean.loss, f"{stage}/exact_match": mean.exact_match}
+        for task, score in self.task_results.items():
+            values |= {f"{stage}/{task}/loss": score.loss, f"{stage}/{task}/exact_match": score.exact_match}
+        # Already equal on every rank: averaging equal values changes nothing and keeps Lightning from warning.
+        self.log_dict({name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()}, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """Optimiser over what trains, and a schedule that advances with every optimiser step.
+
+        Raises:
+            ValueError: if nothing trains, or the schedule needs a metric.
+        """
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError(
+                f"Expected something to train, but got {self.built_network.describe()}: this gate has nothing to "
+                "train; use validate or test"
+            )
+        optimizer = self.optimizer_factory(parameters)
+        if self.lr_scheduler_factory is None:
+            return optimizer
+        scheduler = self.lr_scheduler_factory(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "Expected lr_scheduler to be a schedule over optimiser steps, but got ReduceLROnPlateau, which waits "
+                "for a metric; use for example torch.optim.lr_scheduler.LinearLR"
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Put the network into training mode; its frozen parts stay in eval mode by themselves."""
+        self.built_network.train()
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+
+    def on_train_start(self) -> None:
+        """Start counting examples."""
+        # Any constant that is the same on all ranks will do: it cancels in configure_gradient_clipping. The usual batch
+        # size makes the returned loss the plain mean.
+        self._full_batch = int(getattr(self._datamodule, "batch_size", 1))
+        self._accumulated.reset()
+        self._experts_alone = expert_parameters(self.built_network, self.built_network.experts)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Make each gradient the mean over exactly its examples, then clip: each expert by itself, all else together.
+
+        Args:
+            optimizer: the optimiser about to step.
+            gradient_clip_val: the trainer's limit; nothing is clipped without one.
+            gradient_clip_algorithm: ``norm`` (default) or ``value``.
+        """
+        loss, examples, per_expert = self._accumulated.finish()
+        self.completed_step = CompletedStep(self.trainer.global_step + 1, loss, optimizer.param_groups[0]["lr"])
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        alone = {id(parameter) for parameters in self._experts_alone.values() for parameter in parameters}
+        together = [parameter for parameter in trained if id(parameter) not in alone]
+        # Lightning divided by the number of micro-batches, and DDP by the number of ranks.
+        weight = self._full_batch * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        mean_gradients(together, weight / examples)
+        for index, parameters in self._experts_alone.items():
+            mean_gradients(parameters, weight / per_expert[index].clamp_min(1))
+        if gradient_clip_val:
+            clip_groups([*self._experts_alone.values(), together], gradient_clip_val, gradient_clip_algorithm or "norm")
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the optimiser step that was just taken, and see to a validation after the very last one."""
+        done = self.completed_step
+        if done is None:
+            return
+        self.log("train/loss", done.loss, prog_bar=True, batch_size=1)
+        self.log("train/lr", torch.tensor(done.learning_rate, dtype=torch.float64), prog_bar=True, batch_size=1)
+        if done.step == self.trainer.max_steps:
+            # Lightning ends a run at max_steps without validating, unless an interval happens to fall there; asked to
+            # stop, it does.
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what trains, with the fingerprints of what it belongs to."""
+        store_network(checkpoint, self.built_network)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load what trained, or refuse a checkpoint of another gate, backbone or expert."""
+        self.restored_step = int(checkpoint["global_step"])
+        restore_network(checkpoint, self.built_network, is_resuming=self.trainer.state.fn == "fit")
