@@ -3,9 +3,11 @@
 ``main`` returns the exit code: 0, 1 for bad input found while running, 2 for mistakes in the configuration.
 """
 
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,14 +41,16 @@ def main(args: Sequence[str] | None = None) -> int:
         _print_mistakes(error)
         return 2
     except Exception as error:
-        if wants_traceback or not _is_bad_input(error):
+        message = _message_for_user(error)
+        if wants_traceback or message is None:
             raise
-        print(f"radargate: error: {error}\n(the traceback: --debug, or {TRACEBACK}=1)", file=sys.stderr)
+        print(f"radargate: error: {message}\n(the traceback: --debug, or {TRACEBACK}=1)", file=sys.stderr)
         return 1
     return 0
 
 
 def _run(words: list[str]) -> None:
+    _quieten()
     from radargate_pl.lightning_cli import RadarGateCLI, class_to_explain, print_class_help
 
     name = class_to_explain(words)
@@ -56,6 +60,16 @@ def _run(words: list[str]) -> None:
         print_class_help(name)
 
 
+def _quieten() -> None:
+    """Silences what Lightning says about other products and about its own use of torch."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+
+
 def _print_mistakes(error: ConfigError) -> None:
     count = len(error.mistakes)
     print(f"radargate: {count} mistake{'s' if count > 1 else ''} in the configuration:", file=sys.stderr)
@@ -63,11 +77,17 @@ def _print_mistakes(error: ConfigError) -> None:
         print("  " + mistake.replace("\n", "\n    "), file=sys.stderr)
 
 
-def _is_bad_input(error: Exception) -> bool:
-    """Whether the message is meant for the user: an error of the disk, or one this package raised on purpose."""
+def _message_for_user(error: BaseException) -> str | None:
+    """The message of an error that is about the input or the disk; None for one that is about the program.
+
+    An error this package raised on purpose counts wherever it hides: jsonargparse wraps what a constructor raises.
+    """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    if isinstance(error, OSError | MisconfigurationException):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, ValueError) and bool(frames) and frames[-1].filename.startswith(_PACKAGE)
+    current: BaseException | None = error
+    while current is not None:
+        frames = traceback.extract_tb(current.__traceback__)
+        if isinstance(current, ValueError) and frames and frames[-1].filename.startswith(_PACKAGE):
+            return str(current)
+        current = current.__cause__ or current.__context__
+    return str(error) if isinstance(error, OSError | MisconfigurationException) else None

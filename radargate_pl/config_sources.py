@@ -189,6 +189,8 @@ def setting_tree(key: str, text: str | None) -> Located:
 def _typed(value: Any) -> Located:
     if isinstance(value, dict):
         return Located({key: _typed(child) for key, child in value.items()}, COMMAND_LINE)
+    if isinstance(value, list):
+        return Located([_typed(child) for child in value], COMMAND_LINE)
     return Located(value, COMMAND_LINE)
 
 

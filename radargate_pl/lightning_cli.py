@@ -32,7 +32,7 @@ from radargate_pl.config_sources import (
 from radargate_pl.gates import Gate
 from radargate_pl.module import AdaptedLM
 from radargate_pl.networks import GatedNetwork
-from radargate_pl.run_callbacks import LoadGateFolder, StoreConfig
+from radargate_pl.run_callbacks import LoadGateFolder, StoreConfig, plain_config
 from radargate_pl.run_folder import check_run_folder, clear_run, is_gate_folder, resolve_checkpoint
 from radargate_pl.run_loggers import RunCSVLogger, RunTensorBoardLogger
 
@@ -95,10 +95,14 @@ class RadarGateCLI(LightningCLI):
             load_from_checkpoint_support=False,  # else a checkpoint's arguments beat what was typed
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's four; weights are always read as data, so that is no option."""
-        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that was typed, or Lightning's four for --help: a parser for each takes its time.
+
+        Weights are always read as data, so that is no option.
+        """
+        typed = (self._line.subcommand,)
+        names = COMMANDS if _asks_for_help(self._words) or typed[0] not in COMMANDS else typed
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items() if name in names}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the flags, the callbacks every run has, and what follows from another setting."""
@@ -172,7 +176,7 @@ class RadarGateCLI(LightningCLI):
             clear_run(folder)
         elif not (config.overwrite and self.subcommand != "fit"):
             parser = self._subcommand_parsers[self.subcommand]
-            model = yaml.safe_load(parser.dump(config, format="yaml", skip_validation=True))["model"]
+            model = plain_config(parser, config)["model"]
             check_run_folder(folder, self.subcommand, model, self._checkpoint, self._asked == "auto")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -205,6 +209,8 @@ class RadarGateCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says where everything lies."""
+        if self.trainer.fast_dev_run:
+            return
         folder = Path(self.trainer.default_root_dir)
         rank_zero_info(f"run folder: {folder}\nTensorBoard: tensorboard --logdir {folder}")
         for name in ("experts", "gate"):

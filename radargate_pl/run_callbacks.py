@@ -4,11 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from radargate_pl.run_folder import stored_config, write_config
 from radargate_pl.run_loggers import RunCSVLogger
+
+
+def plain_config(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """A parsed config as plain values: everything resolved, nothing left out."""
+    text = parser.dump(config, format="yaml", skip_none=False)
+    loaded: dict[str, Any] = yaml.safe_load(text)
+    return loaded
 
 
 class StoreConfig(SaveConfigCallback):
@@ -25,9 +33,12 @@ class StoreConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lightning calls this once, on rank zero."""
-        config = yaml.safe_load(self.parser.dump(self.config, format="yaml"))
         assert trainer.state.fn is not None, "Lightning sets it before setup"
-        write_config(Path(trainer.default_root_dir), str(trainer.state.fn.value), stored_config(config))
+        write_config(
+            Path(trainer.default_root_dir),
+            str(trainer.state.fn.value),
+            stored_config(plain_config(self.parser, self.config)),
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed fit takes some steps again: their old rows go."""

@@ -1,0 +1,132 @@
+"""Every config in the repository is parsed, overrides on top of their base, and each gate override gives its gate."""
+
+import importlib
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+
+from radargate_pl.cli import main
+from radargate_pl.gates import ALL_GATES, Site
+from radargate_pl.gates.base import NoRotation
+from radargate_pl.rotations import RadarRotation
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
+OVERRIDES = {name for name in CONFIGS if name.split("/")[0] in ("gates", "trainer")}
+BASES = sorted(CONFIGS.keys() - OVERRIDES)
+
+# Class and rotation of each override, with its line: every argument it does not name is the class's own default.
+RADAR = "scorer=x, temperature=1.0, renormalize=auto, rotation_rank=8, rotation_sharing=shared"
+GATES = {
+    "radargate": ("RadarGate", RadarRotation, f"RadarGate(top_k=2, {RADAR}, angle_norm=rms)"),
+    "radargate_paper": ("RadarGate", RadarRotation, f"RadarGate(top_k=2, {RADAR}, angle_norm=none)"),
+    "rotation": (
+        "RotationGate",
+        RadarRotation,
+        "RotationGate(top_k=2, rotation_rank=8, rotation_sharing=shared, angle_norm=rms)",
+    ),
+    "stretch": ("StretchGate", NoRotation, "StretchGate(top_k=2, scorer=x, temperature=1.0, renormalize=auto)"),
+    "task": ("TaskGate", NoRotation, "TaskGate()"),
+    "uniform": ("UniformGate", NoRotation, "UniformGate()"),
+}
+
+
+@pytest.fixture
+def parsed(capsys, monkeypatch):
+    """The resolved config of ``radargate fit`` with these words."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*words):
+        assert main(["fit", *words, "--print_config"]) == 0, capsys.readouterr().err
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return run
+
+
+def with_configs(*names):
+    return [word for name in names for word in ("--config", f"configs/{name}")]
+
+
+def build_gate(config):
+    spec = config["model"]["network"]["init_args"]["gate"]
+    module, _, name = spec["class_path"].rpartition(".")
+    site = Site("layer", 8, 6, 2, ("a", "b", "c"), "decoder")
+    return getattr(importlib.import_module(module), name)(site, **spec.get("init_args", {}))
+
+
+def assert_gate(gate, override):
+    name, rotation, line = GATES[override]
+    assert (type(gate).__name__, type(gate.rotation), gate.line()) == (name, rotation, line)
+
+
+def test_number_of_configs():
+    assert len(CONFIGS) == 12
+    assert len(BASES) == 5
+    assert {f"gates/{name}.yaml" for name in GATES} == {name for name in CONFIGS if name.startswith("gates/")}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_base_configs_stand_alone(parsed, name):
+    config = parsed(*with_configs(name))
+    assert config["trainer"]["default_root_dir"] == f"runs/{name.removesuffix('.yaml')}"
+    assert config["trainer"]["use_distributed_sampler"] is False
+    assert config["data"]["class_path"] == "radargate_pl.data.FlanMixture"
+    assert build_gate(config).line()
+
+
+@pytest.mark.parametrize("name", sorted(OVERRIDES))
+def test_overrides_go_on_top_of_a_base(parsed, name):
+    base, config = parsed(*with_configs("flan/radargate.yaml")), parsed(*with_configs("flan/radargate.yaml", name))
+    given = yaml.safe_load(CONFIGS[name].read_text())
+    assert set(given) == {"trainer"} if name.startswith("trainer/") else {"model"}
+    assert config["data"] == base["data"]
+    assert config["model"]["optimizer"] == base["model"]["optimizer"]
+    for key, value in given.get("trainer", {}).items():
+        assert config["trainer"][key] == value
+
+
+@pytest.mark.parametrize("name", sorted(GATES))
+def test_gate_overrides_are_short(name):
+    lines = [line for line in CONFIGS[f"gates/{name}.yaml"].read_text().splitlines() if line]
+    assert len(lines) <= 5
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations(sorted(GATES), 2)), ids="-then-".join)
+def test_a_gate_inherits_nothing_from_the_gate_before(parsed, names):
+    """jsonargparse alone carries arguments of the same name over, for instance radargate_paper's angle_norm: none."""
+    first, second = names
+    config = parsed(*with_configs("quickstart/radargate.yaml", f"gates/{first}.yaml", f"gates/{second}.yaml"))
+    assert_gate(build_gate(config), second)
+
+
+@pytest.mark.parametrize("base", [name for name in BASES if name != "quickstart/radargate.yaml"])
+@pytest.mark.parametrize("override", ["rotation", "stretch", "task"])
+def test_gates_on_top_of_every_base(parsed, base, override):
+    assert_gate(build_gate(parsed(*with_configs(base, f"gates/{override}.yaml"))), override)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in ALL_GATES if cls.__name__ != "FixedGate"], ids=lambda cls: cls.__name__)
+def test_gates_by_name_on_the_command_line(parsed, cls):
+    words = with_configs("quickstart/radargate.yaml", "gates/radargate_paper.yaml")
+    config = parsed(*words, "--model.network.gate", cls.__name__, "--model.network.init_args.dropout", "0.25")
+    gate, fresh = build_gate(config), cls(Site("layer", 8, 6, 2, ("a", "b", "c"), "decoder"))
+    assert type(gate) is cls
+    assert config["model"]["network"]["init_args"]["dropout"] == 0.25
+    if cls.__name__ != "RadarGate":  # of the same class: the file's arguments stay
+        assert gate.line() == fresh.line()
+    else:
+        assert gate.line() == GATES["radargate_paper"][2]
+
+
+def test_paper_settings(parsed):
+    """r 8, alpha 32, dropout 0.1, batch 4; a departure carries a comment."""
+    config = parsed(*with_configs("flan/experts.yaml"))
+    network = config["model"]["network"]["init_args"]
+    assert (network["new_experts"]["rank"], network["new_experts"]["alpha"], network["dropout"]) == (8, 32, 0.1)
+    assert config["data"]["init_args"]["batch_size"] == 4
+    assert config["data"]["init_args"]["target"] == "rationale"
+    for name in ("flan/experts.yaml", "flan/radargate.yaml", "quickstart/experts.yaml", "quickstart/radargate.yaml"):
+        (line,) = [line for line in CONFIGS[name].read_text().splitlines() if "lr:" in line]
+        assert "1.0e-4" in line.partition("#")[2], name
