@@ -7,20 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from builders import (
-    assert_near,
-    experts_of,
-    layer_of,
-    randomise,
-    recorded,
-)
+from builders import assert_near, experts_of, layer_of, randomise, recorded
 from gate_cases import COUNT, TOKENS, Case, build, inputs
 
-from radargate_pl.gates import (
-    RadarGate,
-    RotationGate,
-    StretchGate,
-)
+from radargate_pl.gates import RadarGate, RotationGate, StretchGate
 
 
 @pytest.mark.parametrize("scorer", ["x", "experts"])
@@ -136,3 +126,16 @@ def test_top_k_may_exceed_the_experts_present_at_one_layer_only() -> None:
     y = layer(inputs())
     e = experts["e0"]
     torch.testing.assert_close(y - layer.base_layer(inputs()), e.scaling * (inputs() @ e.lora_A.T @ e.lora_B.T))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scalings", [(1.3,), (1.3, 1.5, 2.0)], ids=["equal scaling", "mixed scaling"])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_an_expert_whose_companions_say_nothing_is_not_rotated(dtype: torch.dtype, scalings: tuple, top_k: int) -> None:
+    """S - v_i is zero then; rounding of S and v_i must not leave noise that the normalisation blows up."""
+    experts = experts_of(3, dtype=dtype, in_features=32, out_features=24, ranks=(4,), scalings=scalings)
+    experts = {n: e if n == "e0" else e._replace(lora_B=0 * e.lora_B) for n, e in experts.items()}
+    layer = build(Case(RadarGate, {"top_k": top_k}), experts)
+    x = torch.randn(60, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    angles = recorded(layer, x)[1].angles
+    assert angles.abs().max() <= (1e-9 if dtype == torch.float64 else 0.02)

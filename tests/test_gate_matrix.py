@@ -8,28 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from builders import (
-    IN,
-    NEEDED,
-    OUT,
-    assert_near,
-    experts_of,
-    layer_of,
-    randomise,
-)
+from builders import IN, NEEDED, OUT, assert_near, experts_of, layer_of, randomise
 from gate_cases import COUNT
 from reference import Expert
 
-from radargate_pl.gates import (
-    ALL_GATES,
-    Context,
-    FixedGate,
-    RadarGate,
-    RotationGate,
-    Site,
-    StretchGate,
-    TaskGate,
-)
+from radargate_pl.gates import ALL_GATES, Context, FixedGate, RadarGate, RotationGate, Site, StretchGate, TaskGate
 from radargate_pl.moe import MoELinear
 
 

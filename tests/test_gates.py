@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import (
-    OUT,
-    assert_near,
-    bank_of,
-    experts_of,
-    recorded,
-)
+from builders import OUT, assert_near, bank_of, experts_of, recorded
 from gate_cases import CASES, COUNT, TOKENS, Case, build, dense, inputs
 from reference import Expert
 
-from radargate_pl.gates import (
-    RadarGate,
-    RotationGate,
-    StretchGate,
-    UniformGate,
-)
+from radargate_pl.gates import RadarGate, RotationGate, StretchGate, UniformGate
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

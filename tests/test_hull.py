@@ -7,21 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from builders import (
-    IN,
-    OUT,
-    OneLayer,
-    experts_of,
-    layer_of,
-    randomise,
-)
+from builders import IN, OUT, OneLayer, experts_of, layer_of, randomise
 from reference import distance_to_hull, expert_outputs, project_onto_hull
 from scipy.optimize import minimize
 
-from radargate_pl.gates import (
-    RadarGate,
-    StretchGate,
-)
+from radargate_pl.gates import RadarGate, StretchGate
 from radargate_pl.records import record_gates
 
 

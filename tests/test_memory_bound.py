@@ -91,11 +91,13 @@ def saved_tensors(*excluded: Tensor) -> Iterator[dict[tuple[int, int], int]]:
         yield saved
 
 
-def build(gate: Any, *, equal_scaling: bool = False, dtype: torch.dtype = torch.float32) -> MoELinear:
+def build(
+    gate: Any, *, equal_scaling: bool = False, dtype: torch.dtype = torch.float32, trainable: bool = False
+) -> MoELinear:
     scalings = (2.0,) if equal_scaling else (2.0, 1.0, 3.27)
     experts = experts_of(EXPERTS, in_features=IN, out_features=OUT, ranks=(RANK,), scalings=scalings, dtype=dtype)
     context = Context()
-    layer = layer_of(experts, gate, context=context)
+    layer = layer_of(experts, gate, context=context, trainable=trainable)
     context.replace(expert=torch.arange(TOKENS) % (EXPERTS + 1) - 1)
     randomise(layer.gate)
     return layer
@@ -117,6 +119,18 @@ def test_no_tensor_of_forward_or_backward_is_wider_than_the_bound(gate: Any, equ
     assert counter.widest >= TOKENS * OUT  # it did see the layer
     assert counter.widest <= TOKENS * WIDEST, f"{counter.widest / TOKENS:.1f} per token: {counter.operation}"
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", [TaskGate, partial(RadarGate, scorer="experts")], ids=name_of)
+def test_the_bound_holds_while_experts_train_and_in_bfloat16(gate: Any, dtype: torch.dtype) -> None:
+    layer = build(gate, dtype=dtype, trainable=True)
+    x = torch.randn(TOKENS, 1, IN, dtype=dtype, requires_grad=True)
+    with TensorCounter() as counter:
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+    assert counter.widest <= TOKENS * WIDEST, f"{counter.widest / TOKENS:.1f} per token: {counter.operation}"
+    assert any(p.grad is not None for p in layer.bank.parameters())
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 17])
@@ -164,6 +178,18 @@ def test_what_is_saved_for_all_experts_hardly_grows_with_k() -> None:
     assert kept[EXPERTS] <= 2 * (EXPERTS * RANK + 2 * OUT) + 4 * EXPERTS
 
 
+class WideBackward(torch.autograd.Function):
+    """Makes a wide tensor in the backward pass alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * gradient.new_zeros(TOKENS, EXPERTS, OUT)[:, 0, :1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_counter_catches_dense_experts(dtype: torch.dtype) -> None:
     """The instrument itself: (T, E, out) is seen in the forward, in the backward, and among what is kept."""
@@ -173,6 +199,9 @@ def test_the_counter_catches_dense_experts(dtype: torch.dtype) -> None:
         y = outputs.sin().sum(1)
     assert counter.widest == TOKENS * EXPERTS * OUT
     assert counter.alive(y, *layer.parameters()) >= TOKENS * EXPERTS * OUT
+    with TensorCounter() as counter:
+        WideBackward.apply(x).sum().backward()
+    assert counter.widest == TOKENS * EXPERTS * OUT
     with saved_tensors(*layer.parameters()) as saved:
         nn.functional.linear(layer.bank.project(x).sin().flatten(1), layer.bank.lora_B.transpose(0, 1).flatten(1)).sin()
     assert sum(saved.values()) >= TOKENS * (EXPERTS * RANK + OUT)

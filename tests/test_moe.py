@@ -25,13 +25,7 @@ from reference import expert_outputs
 from torch import nn
 
 from radargate_pl.experts import ExpertBank
-from radargate_pl.gates import (
-    ALL_GATES,
-    Context,
-    RadarGate,
-    StretchGate,
-    UniformGate,
-)
+from radargate_pl.gates import ALL_GATES, Context, FixedGate, RadarGate, StretchGate, TaskGate, UniformGate
 from radargate_pl.moe import attach, moe_layers, remove
 
 
@@ -161,3 +155,14 @@ def test_a_whole_model_may_be_copied_and_saved_with_its_mixture(tmp_path: object
     fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(fresh(ids).logits, model(ids).logits)
     assert isinstance(next(iter(moe_layers(model).values())).bank, ExpertBank)
+
+
+@pytest.mark.parametrize(("gate", "expert"), [(TaskGate, 1), (partial(FixedGate, weights={"e1": 1.0}), -1)])
+def test_a_chosen_expert_that_is_absent_at_the_layer_updates_nothing(gate: object, expert: int) -> None:
+    context = Context()
+    everyone = experts_of(3, dtype=torch.float32)
+    here = {name: e for name, e in everyone.items() if name != "e1"}
+    layer = layer_of(here, gate, library=tuple(everyone), context=context)
+    context.replace(expert=torch.full((2,), expert))
+    x = torch.randn(2, 3, IN)
+    assert torch.equal(layer(x), layer.base_layer(x))

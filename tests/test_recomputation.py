@@ -6,14 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from builders import (
-    IN,
-    batch,
-    experts_of,
-    gated_llama,
-    layer_of,
-    randomise,
-)
+from builders import IN, batch, experts_of, gated_llama, layer_of, randomise, recorded
 from torch.utils.checkpoint import checkpoint
 
 from radargate_pl.gates import (
@@ -21,6 +14,7 @@ from radargate_pl.gates import (
     Context,
     FixedGate,
     RadarGate,
+    RotationGate,
     StretchGate,
     TaskGate,
     UniformGate,
@@ -90,11 +84,25 @@ def test_under_task_gate_only_the_experts_of_the_batch_get_gradients() -> None:
             assert all((p.grad is not None) == (name in touched) for p in layer.bank.expert_weights(name))
 
 
-def test_second_order_gradients_exist() -> None:
-    """Nothing in the layer stops double backward (a penalty on gradients, sharpness-aware optimisers)."""
-    layer = layer_of(experts_of(3), StretchGate)
-    randomise(layer.gate.double())
-    x = torch.randn(2, IN, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)
-    gradient.square().sum().backward()
-    assert layer.gate.scorer.weight.grad.abs().max() > 0
+@pytest.mark.parametrize("gate", [StretchGate, RadarGate, RotationGate])
+def test_first_and_second_order_gradients_agree_with_finite_differences(gate: type) -> None:
+    """Through the recomputed slots too: nothing in the layer stops double backward."""
+    layer = layer_of(experts_of(3), gate)
+    randomise(layer.gate.double(), scale=0.5)
+    x = torch.randn(2, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    assert torch.autograd.gradgradcheck(layer, (x,))
+
+
+def test_gradients_are_reproducible_under_deterministic_algorithms() -> None:
+    layer, x = layer_of(experts_of(5, dtype=torch.float32), partial(RadarGate, scorer="experts")), torch.randn(3, 7, IN)
+    randomise(layer.gate)
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            loss = recorded(layer, x)[0].sin().sum()
+            results.append(torch.autograd.grad(loss, list(layer.gate.parameters())))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))

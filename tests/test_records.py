@@ -9,26 +9,10 @@ from functools import partial
 
 import pytest
 import torch
-from builders import (
-    IN,
-    OUT,
-    OneLayer,
-    OneLinear,
-    bank_of,
-    batch,
-    experts_of,
-    gated_llama,
-    layer_of,
-    randomise,
-)
+from builders import IN, OUT, OneLayer, OneLinear, bank_of, batch, experts_of, gated_llama, layer_of, randomise
 from reference import expert_outputs, rotate_rows
 
-from radargate_pl.gates import (
-    Context,
-    RadarGate,
-    RotationGate,
-    StretchGate,
-)
+from radargate_pl.gates import Context, RadarGate, RotationGate, StretchGate
 from radargate_pl.moe import attach, moe_layers
 from radargate_pl.records import AngleStatistics, record_gates
 
