@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -234,6 +235,7 @@ def test_a_folder_is_made_once_even_when_several_ask(tmp_path):
 
     def make(folder):
         calls.append(folder)
+        time.sleep(0.1)  # long enough for the others to ask meanwhile
         (folder / "file").write_text("whole")
 
     with ThreadPoolExecutor(8) as pool:
