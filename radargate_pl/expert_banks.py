@@ -7,7 +7,7 @@ from torch import nn
 
 from radargate_pl.adapters import Adapter, target_linears
 from radargate_pl.experts import ExpertBank
-from radargate_pl.new_experts import NewExperts
+from radargate_pl.new_experts import NewExperts, expert_name
 from radargate_pl.trainable_experts import TrainableExpertBank
 
 
@@ -52,12 +52,16 @@ def new_banks(new_experts: NewExperts, names: tuple[str, ...], backbone: nn.Modu
     }
 
 
-def experts_of_tasks(tasks: Mapping[str, str | None], experts: tuple[str, ...]) -> dict[str, int]:
+def experts_of_tasks(
+    tasks: Mapping[str, str | None], experts: tuple[str, ...], per: str | None = None
+) -> dict[str, int]:
     """Tell which expert belongs to each task: the one of its name, else of its category, else the only union expert.
 
     Args:
         tasks: task name to category.
         experts: names of the library.
+        per: what new experts were made for ("task", "category" or "union"), which decides where a task is called like
+            another's category.
 
     Returns:
         Task name to expert id, -1 for none.
@@ -67,8 +71,13 @@ def experts_of_tasks(tasks: Mapping[str, str | None], experts: tuple[str, ...]) 
         {'sum': 0, 'poem': 1, 'other': -1}
     """
     ids = {name: index for index, name in enumerate(experts)}
-    otherwise = 0 if experts == ("union",) else -1
-    return {task: ids.get(task, ids.get(category or "", otherwise)) for task, category in tasks.items()}
+    otherwise = 0 if per == "union" or (per is None and experts == ("union",)) else -1
+    found = {}
+    for task, category in tasks.items():
+        of_task = ids.get(task, -1) if per in ("task", None) else -1
+        of_category = ids.get(expert_name(category or ""), -1) if per in ("category", None) else -1
+        found[task] = next((i for i in (of_task, of_category) if i >= 0), otherwise)
+    return found
 
 
 def input_stream(path: str) -> str:

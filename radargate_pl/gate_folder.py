@@ -9,15 +9,19 @@ import importlib
 import json
 import math
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from radargate_pl import __version__
-from radargate_pl.expert_files import save_adapter
+from radargate_pl.adapter_config import CONFIG_FILE
+from radargate_pl.backbones import load_backbone
+from radargate_pl.expert_files import EXPERT_FILE, WEIGHTS_FILE, save_adapter
 from radargate_pl.fingerprints import check_fingerprint
 from radargate_pl.folders import replacing_folder
 from radargate_pl.gates import Gate
@@ -36,17 +40,24 @@ def save_gate(network: "GatedNetwork", folder: Path, *, include_experts: bool = 
     Args:
         network: what to save; its gates must exist.
         folder: target; an older gate folder there is replaced.
-        include_experts: copy the experts into it too; always done when they trained together with the gate.
+        include_experts: copy the experts into it too; always done when they trained together with the gate, or lie in
+            the very folder that is replaced.
 
     Raises:
-        ValueError: when the network has no gate.
+        ValueError: when the network has no gate, or the folder holds something else than a gate.
         OSError: when it cannot be written; what was there before is unchanged then.
     """
     if not network.layers:
         raise ValueError("Expected a network with gates to save, but it is a bare backbone.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"Expected the folder {folder} to be new, empty or an older gate folder, but it holds something else. "
+            "Nothing was written; choose another folder."
+        )
+    lie_inside = any(adapter.folder.resolve().is_relative_to(folder.resolve()) for adapter in network.adapters)
     with replacing_folder(folder) as new:
         fingerprints = dict(network.fingerprints)
-        if include_experts or network.train_part != "gate":
+        if include_experts or lie_inside or network.train_part != "gate":
             fingerprints["experts"] = save_experts(network, new / EXPERTS)
         config = _config(network, folder) | {"fingerprints": fingerprints}
         save_file(_gate_tensors(network), new / TENSORS)
@@ -82,30 +93,59 @@ def load_gate(
 
     config = read_config(folder)
     gate = _gate_factory(config["gate"], trust_code=trust_code)
+    source = backbone or _backbone_source(folder, config["backbone"])
     found = experts if experts is not None else _expert_folders(folder, config["experts"])
-    network = GatedNetwork(
-        backbone=backbone or config["backbone"], dtype=dtype, experts=found, gate=gate, combine=config["combine"]
-    )
+    try:
+        network = GatedNetwork(backbone=source, dtype=dtype, experts=found, gate=gate, combine=config["combine"])
+    except ValueError:
+        # Experts mostly fail to fit another backbone in some detail; then that it is another one is what helps.
+        check_fingerprint("the backbone", config["fingerprints"]["backbone"], load_backbone(source, dtype).fingerprint)
+        raise
     check_fingerprints(config["fingerprints"], network.fingerprints)
-    network.load_gate_state(load_file(folder / TENSORS))
+    network.load_gate_state(read_gate_tensors(folder))
     return network.eval()
+
+
+def read_gate_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read a gate folder's tensors, by ``<layer path>.gate.*``.
+
+    Raises:
+        ValueError: when the file is damaged.
+    """
+    try:
+        return load_file(folder / TENSORS)
+    except SafetensorError as error:
+        raise ValueError(
+            f"Expected {folder / TENSORS} to be whole, but it is damaged: {error}. Fetch or save the gate again."
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read a gate folder's configuration.
 
     Raises:
-        ValueError: when it is no gate folder, or of another format version.
+        ValueError: when it is no gate folder, damaged, or of another format version.
     """
     path = folder / CONFIG
-    if not path.is_file() or not (folder / TENSORS).is_file():
-        raise ValueError(f"Expected a gate folder with {CONFIG} and {TENSORS}, but {folder} is none.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"Expected a gate folder with {CONFIG} and {TENSORS}, but {folder} has no {missing[0]}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"Expected {path} to be whole, but it is damaged: {error}. Restore or save it again."
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"Expected {path} to be whole, but it is damaged: no JSON object. Restore or save it again.")
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"Expected {path} to have format_version {FORMAT_VERSION}, but found {config.get('format_version')!r}. "
             "Use the version of radargate-pl that wrote it."
         )
+    absent = [key for key in ("gate", "combine", "backbone", "experts", "fingerprints") if key not in config]
+    if absent:
+        raise ValueError(f"Expected {path} to be whole, but {absent} are missing. Restore or save it again.")
     return config
 
 
@@ -132,35 +172,45 @@ def check_fingerprints(expected: dict[str, Any], found: dict[str, Any]) -> None:
 def save_experts(network: "GatedNetwork", folder: Path) -> dict[str, str]:
     """Write every expert as a plain PEFT folder of its own, ``folder/<name>/``.
 
+    Experts that did not train are copied byte by byte: in memory they may be rounded to the backbone's dtype.
+
     Returns:
         Expert name to fingerprint of what was written.
     """
+    if network.train_part != "gate":
+        return {name: _write_expert(network, name, folder / name) for name in network.experts}
+    for adapter in network.adapters:
+        with replacing_folder(folder / adapter.name) as new:
+            for name in (CONFIG_FILE, WEIGHTS_FILE, EXPERT_FILE):
+                if name != EXPERT_FILE or (adapter.folder / name).is_file():
+                    shutil.copyfile(adapter.folder / name, new / name)
+    return dict(network.fingerprints["experts"])
+
+
+def _write_expert(network: "GatedNetwork", name: str, folder: Path) -> str:
     task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] = "SEQ_2_SEQ_LM" if network.is_encoder_decoder else "CAUSAL_LM"
-    written = {}
-    for name in network.experts:
-        lora_A: dict[str, Tensor] = {}
-        lora_B: dict[str, Tensor] = {}
-        alpha: dict[str, float] = {}
-        for path, layer in network.layers.items():
-            if name in layer.bank.names:
-                weights = layer.bank.expert_weights(name)
-                lora_A[path], lora_B[path] = (weight.detach().cpu().contiguous() for weight in weights)
-                rank, scaling = lora_A[path].shape[0], layer.bank.scaling[layer.bank.names.index(name)]
-                alpha[path] = scaling * (math.sqrt(rank) if network.uses_rslora else rank)
-        written[name] = save_adapter(
-            folder / name,
-            lora_A,
-            lora_B,
-            alpha=alpha,
-            rank=Counter(weight.shape[0] for weight in lora_A.values()).most_common(1)[0][0],
-            use_rslora=network.uses_rslora,
-            target_modules=network.target_modules or sorted(lora_A),
-            backbone=network.backbone_source,
-            backbone_fingerprint=network.fingerprints["backbone"],
-            task_type=task_type,
-            shared_A=network.shares_A,
-        )
-    return written
+    lora_A: dict[str, Tensor] = {}
+    lora_B: dict[str, Tensor] = {}
+    alpha: dict[str, float] = {}
+    for path, layer in network.layers.items():
+        if name in layer.bank.names:
+            weights = layer.bank.expert_weights(name)
+            lora_A[path], lora_B[path] = (weight.detach().cpu().contiguous() for weight in weights)
+            rank, scaling = lora_A[path].shape[0], layer.bank.scaling[layer.bank.names.index(name)]
+            alpha[path] = scaling * (math.sqrt(rank) if network.uses_rslora else rank)
+    return save_adapter(
+        folder,
+        lora_A,
+        lora_B,
+        alpha=alpha,
+        rank=Counter(weight.shape[0] for weight in lora_A.values()).most_common(1)[0][0],
+        use_rslora=network.uses_rslora,
+        target_modules=network.target_modules or sorted(lora_A),
+        backbone=network.backbone_source,
+        backbone_fingerprint=network.fingerprints["backbone"],
+        task_type=task_type,
+        shared_A=network.shares_A,
+    )
 
 
 def _gate_tensors(network: "GatedNetwork") -> dict[str, Tensor]:
@@ -169,16 +219,31 @@ def _gate_tensors(network: "GatedNetwork") -> dict[str, Tensor]:
 
 def _config(network: "GatedNetwork", folder: Path) -> dict[str, Any]:
     gate = next(iter(network.layers.values())).gate
-    where = {a.name: os.path.relpath(a.folder.resolve(), folder.resolve()) for a in network.adapters}
+    where = {adapter.name: _seen_from(folder, adapter.folder) for adapter in network.adapters}
     return {
         "format_version": FORMAT_VERSION,
         "radargate_version": __version__,
         "gate": {"class_path": f"{type(gate).__module__}.{type(gate).__qualname__}", "init_args": gate.arguments()},
         "gate_line": gate.line(),
         "combine": network.combine,
-        "backbone": network.backbone_source,
+        "backbone": _seen_from(folder, Path(network.backbone_source).expanduser()),
         "experts": {name: where.get(name, f"{EXPERTS}/{name}") for name in network.experts},
     }
+
+
+def _seen_from(folder: Path, target: Path) -> str:
+    """A file or folder as a path from the gate folder, so that both can move together; other names as they are."""
+    return os.path.relpath(target.resolve(), folder.resolve()) if target.exists() else str(target)
+
+
+def _backbone_source(folder: Path, stored: str) -> str:
+    if (folder / stored).exists():
+        return str(folder / stored)
+    if stored.startswith((".", "/")):
+        raise ValueError(
+            f"Expected the backbone of {folder} at {stored} (seen from there), but it is not there. Pass backbone=."
+        )
+    return stored
 
 
 def _gate_factory(spec: dict[str, Any], *, trust_code: bool) -> GateFactory:
@@ -188,7 +253,13 @@ def _gate_factory(spec: dict[str, Any], *, trust_code: bool) -> GateFactory:
             f"Expected a gate of radargate_pl, but the folder names {spec['class_path']}. Pass trust_code=True if you "
             "trust that class: its code will run."
         )
-    gate_class = getattr(importlib.import_module(module), name)
+    try:
+        gate_class = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"Expected the gate {spec['class_path']} to exist, but {error}. Use the version of radargate-pl (and the "
+            "package of the gate, if it is not ours) that wrote the folder."
+        ) from error
     if not (isinstance(gate_class, type) and issubclass(gate_class, Gate)):
         raise ValueError(f"Expected {spec['class_path']} to be a Gate, but it is not.")
     return functools.partial(gate_class, **spec["init_args"])

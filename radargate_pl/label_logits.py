@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from radargate_pl.moe import MoELinear
+
 
 @contextmanager
 def only_positions(head: nn.Module, kept: Tensor) -> Iterator[None]:
@@ -23,7 +25,12 @@ def only_positions(head: nn.Module, kept: Tensor) -> Iterator[None]:
     def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][kept], *args[1:])
 
-    handle = head.register_forward_pre_hook(keep)
+    def keep_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output[kept]
+
+    # A head with experts of its own sees whole rows: its gate tells examples apart by them.
+    has_experts = isinstance(head, MoELinear)
+    handle = head.register_forward_hook(keep_output) if has_experts else head.register_forward_pre_hook(keep)
     try:
         yield
     finally:

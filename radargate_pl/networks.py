@@ -10,10 +10,18 @@ from torch.nn import functional as F
 
 from radargate_pl.adapters import load_adapters
 from radargate_pl.backbones import load_backbone
+from radargate_pl.block_recomputation import recompute_blocks
 from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
 from radargate_pl.gates import Context, RadarGate
 from radargate_pl.label_logits import only_positions
 from radargate_pl.moe import GateFactory, attach
+from radargate_pl.network_checks import (
+    check_arguments,
+    check_backbone,
+    check_expert_ids,
+    prompt_length,
+    takes_position_ids,
+)
 from radargate_pl.new_experts import NewExperts
 
 IGNORE_INDEX = -100
@@ -74,11 +82,13 @@ class GatedNetwork(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        _check_arguments(experts, new_experts, train, dropout)
+        check_arguments(experts, new_experts, train, dropout)
         loaded = load_backbone(backbone, dtype)
+        check_backbone(loaded.model)
         self.backbone = loaded.model
         self.tokenizer = loaded.tokenizer
-        self.is_encoder_decoder = bool(getattr(loaded.model.config, "is_encoder_decoder", False))
+        self.is_encoder_decoder = bool(loaded.model.config.is_encoder_decoder)
+        self._takes_position_ids = takes_position_ids(loaded.model)
         self.backbone_source, self.combine, self.train_part, self.new_experts = backbone, combine, train, new_experts
         self.adapters = load_adapters(experts, loaded.model, backbone_fingerprint=loaded.fingerprint) if experts else []
         self.fingerprints: dict[str, Any] = {
@@ -92,7 +102,9 @@ class GatedNetwork(nn.Module):
         else:
             self.experts = new_experts.names(tasks or {})
             banks = new_banks(new_experts, self.experts, self.backbone)
-        self.expert_of_task = experts_of_tasks(tasks or {}, self.experts)
+        for adapter in self.adapters:  # the banks hold copies; a library should lie in memory once
+            adapter.lora_A, adapter.lora_B = {}, {}
+        self.expert_of_task = experts_of_tasks(tasks or {}, self.experts, per=new_experts.per if new_experts else None)
         self.context = Context()
         streams = {path: input_stream(path) for path in banks} if self.is_encoder_decoder else {}
         layers = attach(
@@ -102,9 +114,9 @@ class GatedNetwork(nn.Module):
         for layer in layers.values():
             layer.gate.requires_grad_(train != "experts")
         self._checkpointed: list[nn.Module] = []
+        self.train(self.training)
         if gradient_checkpointing:
             self.gradient_checkpointing_enable()
-        self.train(self.training)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, expert: Tensor | None = None
@@ -124,10 +136,11 @@ class GatedNetwork(nn.Module):
             targets = labels
         else:
             tokens = {"decoder": attention_mask.bool()}
-            inputs = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0)}
+            positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+            inputs = {"position_ids": positions} if self._takes_position_ids else {}
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         kept = targets != IGNORE_INDEX
-        self.context.replace(expert, tokens)
+        self._replace_context(input_ids, expert, tokens)
         with only_positions(self.backbone.get_output_embeddings(), kept):
             logits = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).logits
         return LabelledLogits(logits, targets[kept], kept.nonzero()[:, 0])
@@ -147,19 +160,25 @@ class GatedNetwork(nn.Module):
         Returns:
             The newly generated ids only, (rows, new tokens) int64.
         """
+        start = prompt_length(input_ids, self.is_encoder_decoder, generation_kwargs)
+        self._replace_context(input_ids, expert)
         training = self.training
         self.eval()
-        self.context.replace(expert)
         try:
             ids = self.backbone.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                pad_token_id=self.tokenizer.pad_token_id,
-                **generation_kwargs,
+                **{"pad_token_id": self.tokenizer.pad_token_id, **generation_kwargs},
             )
         finally:
             self.train(training)
-        return ids[:, 1:] if self.is_encoder_decoder else ids[:, input_ids.shape[1] :]
+        return ids[:, start:]
+
+    def _replace_context(
+        self, input_ids: Tensor, expert: Tensor | None, tokens: dict[str, Tensor] | None = None
+    ) -> None:
+        self.context.replace(None if expert is None else expert.to(input_ids.device), tokens)
+        check_expert_ids(self.context, input_ids.shape[0], self.experts)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode: gates and training experts follow it, the frozen backbone never leaves evaluation mode."""
@@ -178,17 +197,10 @@ class GatedNetwork(nn.Module):
             gradient_checkpointing_kwargs: as in transformers.
 
         Raises:
-            ValueError: for ``use_reentrant: True``, which cuts gates out of the graph without an error.
+            ValueError: see `recompute_blocks`; ``use_reentrant: True`` above all.
         """
-        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        if options["use_reentrant"]:
-            raise ValueError("Expected use_reentrant to be False (reentrant checkpointing loses the gates' gradients).")
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        self._checkpointed = [m for m in self.backbone.modules() if getattr(m, "gradient_checkpointing", None) is True]
-        for module in self._checkpointed:
-            for name in ("dropout", "activation_dropout", "attention_dropout", "layerdrop"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)  # a frozen backbone never drops, also where blocks believe they train
+        self._checkpointed = recompute_blocks(self.backbone, gradient_checkpointing_kwargs or {})
+        self.train(self.training)
 
     @property
     def uses_rslora(self) -> bool:
@@ -282,16 +294,3 @@ class GatedNetwork(nn.Module):
             for name, parameter in layer.named_parameters(remove_duplicate=False)
             if name.startswith(part)
         }
-
-
-def _check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dropout: float) -> None:
-    if experts and new_experts is not None:
-        raise ValueError("Expected either experts or new_experts, but got both. Remove one of them.")
-    if new_experts is not None and train == "gate":
-        raise ValueError(
-            "Expected train to be 'experts' or 'both' with new_experts (they start at zero), but got 'gate'."
-        )
-    if train not in ("gate", "experts", "both"):
-        raise ValueError(f"Expected train to be 'gate', 'experts' or 'both', but got {train!r}.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"Expected dropout to be in [0, 1), but got {dropout}.")

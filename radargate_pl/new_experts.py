@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,6 +22,9 @@ class NewExperts:
         alpha: LoRA alpha; the scaling is alpha / rank.
         use_rslora: scale by alpha / sqrt(rank) instead.
         share_A: one A per layer for all experts (HydraLoRA).
+
+    Raises:
+        ValueError: for another ``per``, or a rank below 1.
     """
 
     per: Literal["task", "category", "union"] = "task"
@@ -29,6 +33,12 @@ class NewExperts:
     alpha: float = 32
     use_rslora: bool = False
     share_A: bool = False
+
+    def __post_init__(self) -> None:
+        if self.per not in ("task", "category", "union"):
+            raise ValueError(f"Expected new_experts.per to be 'task', 'category' or 'union', but got {self.per!r}.")
+        if self.rank < 1:
+            raise ValueError(f"Expected new_experts.rank to be at least 1, but got {self.rank}.")
 
     @property
     def scaling(self) -> float:
@@ -42,7 +52,7 @@ class NewExperts:
             tasks: task name to category.
 
         Raises:
-            ValueError: when there are no tasks, or ``per`` is "category" and a task has none.
+            ValueError: when there are no tasks, or ``per`` is "category" and a task has none or two get one name.
         """
         if not tasks:
             raise ValueError("Expected new_experts to be given the tasks of a data module, but there are none.")
@@ -56,7 +66,16 @@ class NewExperts:
                 f"Expected every task to have a category for new_experts.per: category, but these have none: "
                 f"{without}. Add a `category` field to their records, or choose per: task."
             )
-        return tuple(dict.fromkeys(category for category in tasks.values() if category is not None))
+        categories = dict.fromkeys(category for category in tasks.values() if category is not None)
+        named: dict[str, str] = {}
+        for category in categories:
+            first = named.setdefault(expert_name(category), category)
+            if first != category:
+                raise ValueError(
+                    f"Expected categories with different names, but {first!r} and {category!r} both give an expert "
+                    f"called {expert_name(category)!r}. Rename one."
+                )
+        return tuple(named)
 
     def initial_weights(
         self, names: tuple[str, ...], path: str, layer: nn.Linear
@@ -84,6 +103,16 @@ class NewExperts:
             lora_A[name] = nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
         lora_B = {name: torch.zeros(layer.out_features, self.rank, dtype=torch.float32) for name in names}
         return lora_A, lora_B
+
+
+def expert_name(category: str) -> str:
+    """Return the name of a category's expert, which is also that of its folder.
+
+    Example:
+        >>> expert_name("reading comp./QA")
+        'reading_comp__QA'
+    """
+    return re.sub(r"[^A-Za-z0-9_-]", "_", category)
 
 
 def _seed_of(name: str, path: str) -> int:

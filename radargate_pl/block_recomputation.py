@@ -1,0 +1,55 @@
+"""Gradient checkpointing of a frozen backbone, whose blocks are recomputed without ever training (layer 3)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def recompute_blocks(model: PreTrainedModel, options: dict[str, Any]) -> list[nn.Module]:
+    """Let a frozen model's blocks be recomputed in the backward pass, non-reentrant.
+
+    Transformers recomputes only blocks in training mode, where some of them drop activations or skip whole layers. So
+    the blocks returned are to be switched with the network, and switch themselves off while they compute.
+
+    Args:
+        model: the backbone.
+        options: as ``gradient_checkpointing_kwargs`` in transformers.
+
+    Returns:
+        The blocks that are recomputed while their ``training`` is true.
+
+    Raises:
+        ValueError: for ``use_reentrant: True``, which cuts gates out of the graph without an error, and for a model
+            without such blocks.
+    """
+    options = {"use_reentrant": False} | options
+    if options["use_reentrant"]:
+        raise ValueError("Expected use_reentrant to be False (reentrant checkpointing loses the gates' gradients).")
+    if model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    if not blocks:
+        raise ValueError(
+            f"Expected a backbone whose blocks can be recomputed, but {type(model).__name__} has none. Leave "
+            "gradient_checkpointing off."
+        )
+    for block in blocks:
+        block._gradient_checkpointing_func = partial(_recomputed_in_eval, block, block._gradient_checkpointing_func)
+    return list(blocks)
+
+
+def _recomputed_in_eval(
+    block: nn.Module, recompute: Callable[..., Any], function: Callable[..., Any], *args: Any
+) -> Any:
+    def in_eval(*inputs: Any) -> Any:
+        before, block.training = block.training, False
+        try:
+            return function(*inputs)
+        finally:
+            block.training = before
+
+    return recompute(in_eval, *args)

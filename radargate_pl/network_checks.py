@@ -1,0 +1,97 @@
+"""What can be wrong with a network's arguments, backbone and batches (layer 3)."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from radargate_pl.gates import Context
+from radargate_pl.new_experts import NewExperts
+
+
+def check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dropout: float) -> None:
+    """Refuse arguments that do not fit together.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if experts and new_experts is not None:
+        raise ValueError("Expected either experts or new_experts, but got both. Remove one of them.")
+    if train not in ("gate", "experts", "both"):
+        raise ValueError(f"Expected train to be 'gate', 'experts' or 'both', but got {train!r}.")
+    if new_experts is not None and train == "gate":
+        raise ValueError(
+            "Expected train to be 'experts' or 'both' with new_experts (they start at zero), but got 'gate'."
+        )
+    if not experts and new_experts is None and train != "gate":
+        raise ValueError(f"Expected experts or new_experts with train: {train}, but there are no experts to train.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"Expected dropout to be in [0, 1), but got {dropout}.")
+
+
+def check_backbone(model: PreTrainedModel) -> None:
+    """Refuse a model whose labelled positions or shifted targets cannot be had.
+
+    Raises:
+        ValueError: naming the model's class and what it lacks.
+    """
+    kind = type(model).__name__
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"Expected a backbone with output embeddings (a language model's head), but {kind} has none. Choose a "
+            "causal or sequence-to-sequence language model."
+        )
+    if model.config.is_encoder_decoder and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise ValueError(
+            f"Expected an encoder-decoder backbone that shifts its targets (prepare_decoder_input_ids_from_labels), "
+            f"but {kind} does not. T5, BART, mBART, Marian and Pegasus do."
+        )
+
+
+def takes_position_ids(model: PreTrainedModel) -> bool:
+    """Whether the model's forward has ``position_ids`` (models with ALiBi or recurrence have none)."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def check_expert_ids(context: Context, rows: int, experts: tuple[str, ...]) -> None:
+    """Refuse expert ids that are not one per example, or that are none of the library's.
+
+    Args:
+        context: holding the batch's ids.
+        rows: number of examples.
+        experts: names of the library.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if context.expert is None or context.active is None:
+        return
+    if context.expert.shape != (rows,):
+        raise ValueError(
+            f"Expected expert to hold one id for each of the {rows} examples, but got shape "
+            f"{tuple(context.expert.shape)}."
+        )
+    unknown = [index for index in context.active if not 0 <= index < len(experts)]
+    if unknown:
+        raise ValueError(
+            f"Expected expert ids from 0 to {len(experts) - 1} ({', '.join(experts)}), or -1 for none, but got "
+            f"{unknown}."
+        )
+
+
+def prompt_length(input_ids: Tensor, is_encoder_decoder: bool, generation_kwargs: dict[str, Any]) -> int:
+    """Return how many ids ``generate`` puts before the newly generated ones.
+
+    Raises:
+        ValueError: for ``return_dict_in_generate``, whose answer is no tensor.
+    """
+    if generation_kwargs.get("return_dict_in_generate"):
+        raise ValueError(
+            "Expected return_dict_in_generate to be off: generate returns the new ids only. Call "
+            "network.backbone.generate for more."
+        )
+    if not is_encoder_decoder:
+        return input_ids.shape[1]
+    start = generation_kwargs.get("decoder_input_ids")
+    return 1 if start is None else start.shape[1]  # 1: the start token
