@@ -169,6 +169,7 @@ class TestRunFolder:
         assert not (run / "checkpoints/step=00000006.ckpt").exists()
         assert summary(run)["steps"] == 2
 
+    @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
     def test_resume_goes_on_and_keeps_the_metrics(self, workspace):
         run = workspace / "runs/debug"
         assert main(["fit", *DEBUG, "--trainer.max_steps", "8", "--ckpt_path", "auto"]) == 0

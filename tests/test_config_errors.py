@@ -77,7 +77,8 @@ def test_keys_of_the_class_in_effect_not_of_another(mistakes):
 
 def test_typed_on_the_command_line(mistakes):
     assert mistakes("--trainer.max_step=3", "--model.network.gate.topk", "3", "--model.network.gate.scorer", "z") == [
-        "command line: --trainer.max_step: Trainer has no argument 'max_step'. Nearest: max_steps, max_time, min_steps.",
+        "command line: --trainer.max_step: Trainer has no argument 'max_step'. Nearest: max_steps, max_time, "
+        "min_steps.",
         "command line: --model.network.gate.topk: RadarGate has no argument 'topk'. Nearest: top_k.",
         "command line: --model.network.gate.scorer: expected 'x' or 'experts', found 'z'.",
     ]

@@ -1,0 +1,145 @@
+"""The run folder's own rules: secrets, configs that are kept, what counts as a run, what a checkpoint name means."""
+
+import pytest
+import yaml
+
+from radargate_pl.run_folder import (
+    check_run_folder,
+    clear_run,
+    holds_run,
+    redact,
+    resolve_checkpoint,
+    stored_config,
+    write_config,
+)
+from radargate_pl.run_loggers import RunCSVLogger
+
+HIDDEN = "<redacted>"
+
+
+def test_secrets_are_redacted_by_name_and_by_look():
+    config = {
+        "trainer": {"logger": [{"init_args": {"api_key": "abc", "project": "radar"}}]},
+        "hub_token": "x",
+        "data": {"tasks": ["https://me:pw@host/file.jsonl", "hf_" + "a" * 34], "max_new_tokens": 3, "tokenizer": "t"},
+    }
+    assert redact(config) == {
+        "trainer": {"logger": [{"init_args": {"api_key": HIDDEN, "project": "radar"}}]},
+        "hub_token": HIDDEN,
+        "data": {"tasks": [f"https://{HIDDEN}@host/file.jsonl", HIDDEN], "max_new_tokens": 3, "tokenizer": "t"},
+    }
+
+
+def test_stored_config_holds_nothing_of_one_command_only():
+    text = stored_config({"model": {"a": None}, "ckpt_path": "x", "overwrite": True, "preview": False, "verbose": True})
+    assert yaml.safe_load(text) == {"model": {"a": None}}
+
+
+def test_older_configs_are_kept(tmp_path):
+    folder = tmp_path / "new/run"
+    for text in ("a: 1\n", "a: 2\n", "a: 2\n", "a: 3\n"):
+        assert write_config(folder, "fit", text).name == "config.yaml"
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "config.1.yaml": "a: 1\n",
+        "config.2.yaml": "a: 2\n",
+        "config.yaml": "a: 3\n",
+    }
+    assert write_config(folder, "test", "a: 3\n").name == "config.yaml"
+    assert write_config(folder, "test", "a: 4\n").name == "config.test.yaml"
+    assert write_config(folder, "test", "a: 5\n").name == "config.test.yaml"
+    assert (folder / "config.test.1.yaml").read_text() == "a: 4\n"
+    assert (folder / "config.yaml").read_text() == "a: 3\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder that looks like that of a fit, with a file of somebody else."""
+    folder = tmp_path / "run"
+    for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "gate/gate_config.json", "metrics.csv", "mine.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    write_config(folder, "fit", stored_config({"model": {"gate": "a"}, "data": 1}))
+    return folder
+
+
+def test_what_counts_as_a_run(run, tmp_path):
+    assert holds_run(run) == ["checkpoints", "gate", "metrics.csv"]
+    assert holds_run(tmp_path / "nowhere") == []
+    write_config(tmp_path / "failed", "fit", "a: 1\n")
+    (tmp_path / "failed/summary.json").write_text("{}")
+    assert holds_run(tmp_path / "failed") == []
+
+
+def test_clear_deletes_only_what_a_run_writes(run):
+    clear_run(run)
+    assert [path.name for path in run.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("command", "model", "checkpoint", "is_resuming", "is_allowed"),
+    [
+        ("fit", {"gate": "a"}, None, False, False),
+        ("fit", {"gate": "b"}, None, True, True),
+        ("fit", {"gate": "b"}, "checkpoints/last.ckpt", False, True),
+        ("fit", {"gate": "a"}, "../other/last.ckpt", False, False),
+        ("validate", {"gate": "a"}, None, False, True),
+        ("validate", {"gate": "b"}, None, False, False),
+        ("test", {"gate": "b"}, "gate", False, True),
+    ],
+)
+def test_two_runs_are_not_mixed(run, command, model, checkpoint, is_resuming, is_allowed):
+    path = run / checkpoint if checkpoint else None
+    if is_allowed:
+        check_run_folder(run, command, model, path, is_resuming)
+        return
+    with pytest.raises(
+        ValueError, match=r"already holds another run .*nothing was overwritten. Three ways out"
+    ) as error:
+        check_run_folder(run, command, model, path, is_resuming)
+    assert [f"\n  {number}. " in str(error.value) for number in (1, 2, 3)] == [True] * 3
+
+
+class TestResolveCheckpoint:
+    @pytest.mark.parametrize(
+        ("ckpt_path", "command", "expected"),
+        [
+            ("auto", "fit", "checkpoints/last.ckpt"),
+            ("auto", "test", "checkpoints/best.ckpt"),
+            ("last", "test", "checkpoints/last.ckpt"),
+            ("best", "fit", "checkpoints/best.ckpt"),
+            ("{run}", "fit", "checkpoints/last.ckpt"),
+            ("{run}", "validate", "checkpoints/best.ckpt"),
+            ("{run}/gate", "validate", "gate"),
+            ("{run}/checkpoints/last.ckpt", "validate", "checkpoints/last.ckpt"),
+        ],
+    )
+    def test_names(self, run, ckpt_path, command, expected):
+        assert resolve_checkpoint(ckpt_path.format(run=run), run, command) == run / expected
+
+    def test_newest_step_where_the_last_is_lost(self, run):
+        for name in ("last.ckpt", "best.ckpt"):
+            (run / "checkpoints" / name).unlink()
+        for step in (5, 10):
+            (run / f"checkpoints/step={step:08d}.ckpt").write_text("x")
+        for name, command in (("auto", "fit"), ("last", "test"), (str(run), "predict")):
+            assert resolve_checkpoint(name, run, command) == run / "checkpoints/step=00000010.ckpt"
+        with pytest.raises(ValueError, match="--ckpt_path best: no checkpoint for it"):
+            resolve_checkpoint("best", run, "test")
+
+    def test_auto_of_an_empty_folder_starts_a_fit_and_evaluates_nothing(self, tmp_path):
+        assert resolve_checkpoint("auto", tmp_path, "fit") is None
+        with pytest.raises(ValueError, match="holds no checkpoints"):
+            resolve_checkpoint("auto", tmp_path, "test")
+
+
+def test_csv_logger_appends_and_drops_steps_to_be_taken_again(tmp_path):
+    for steps in (range(4), range(2, 5)):
+        logger = RunCSVLogger(tmp_path, flush_logs_every_n_steps=1)
+        logger.drop_after(steps[0])
+        for step in steps:
+            logger.log_metrics({"loss": step + len(steps) / 10}, step)
+        logger.log_metrics({"extra": 1.0}, steps[-1])
+        logger.finalize("success")
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines == ["extra,loss,step", ",0.4,0", ",1.4,1", ",2.3,2", ",3.3,3", ",4.3,4", "1.0,,4"]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
