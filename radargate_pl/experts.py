@@ -127,21 +127,24 @@ class ExpertBank(Float32Module):
             return self._lift_packed(latents.flatten(-2)) * self.scaling[0]
         return self._lift_packed(pack_latents(latents, self._scaling_like(latents)))
 
-    def lift(self, latents: Tensor, indices: Tensor) -> Tensor:
+    def lift(self, latents: Tensor, indices: Tensor, active: tuple[int, ...] | None = None) -> Tensor:
         """Compute each token's output of its own expert, ``v_i`` with ``i = indices``.
 
         One GEMM over latents masked to the chosen expert: gathering ``lora_B`` per token would move r times more
             memory.
 
         Args:
-            latents: latents of all experts, (..., E, r).
-            indices: local expert index of each token, (...) int64.
+            latents: (..., E, r), or (..., len(active), r).
+            indices: local expert index of each token, (...) int64; one that is not active gives zero.
+            active: local indices the latents belong to; ``None`` means all.
 
         Returns:
             (..., out), float32.
         """
         mask = one_hot_like(indices, self.num_experts, latents.dtype)
-        lifted = self._lift_packed(pack_latents(latents, mask))
+        if active is not None:
+            mask = mask[..., list(active)]
+        lifted = self._lift_packed(pack_latents(latents, mask), active)
         if len(set(self.scaling)) == 1:
             return lifted * self.scaling[0]
         return lifted * self._scaling_like(lifted)[indices].unsqueeze(-1)
@@ -163,13 +166,14 @@ class ExpertBank(Float32Module):
         Returns:
             (..., out), float32.
         """
-        coefficients = weights * self._scaling_like(weights)
         if active is not None:
-            coefficients = coefficients[..., list(active)]
-            if len(active) == 1:  # one expert: scale after B like PEFT, equal to it bit for bit
-                lifted = F.linear(latents[..., 0, :], self._padded_pair(active[0])[1].to(latents.dtype))
-                return lifted.to(weights.dtype) * coefficients
-        return self._lift_packed(pack_latents(latents, coefficients), active)
+            weights = weights[..., list(active)]
+        chosen = self.scaling if active is None else tuple(self.scaling[index] for index in active)
+        if len(chosen) == 1:  # weight and scale after B like PEFT, equal to it bit for bit
+            return self._lift_packed(latents.flatten(-2), active) * chosen[0] * weights
+        if len(set(chosen)) == 1:  # after B, as PEFT does: bfloat16 latents are not rounded once more
+            return self._lift_packed(pack_latents(latents, weights), active) * chosen[0]
+        return self._lift_packed(pack_latents(latents, weights * weights.new_tensor(chosen)), active)
 
     def norms(self, latents: Tensor) -> Tensor:
         """Compute the norms ``|v_i| = sqrt(h_i B_i^T B_i h_i^T)`` of all experts: (..., E, r) to (..., E), float32."""

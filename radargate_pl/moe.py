@@ -61,7 +61,11 @@ def mix(
     latents = rotation.latents(latents, x, indices)
     weights = combine(weights, indices, latents, bank)
     if not rotation.acts_on_outputs:
+        if indices is not None and indices.shape[-1] == 1:  # weight and scale after B, as PEFT does
+            return bank.lift(latents, indices[..., 0], active) * weights
         return bank.weighted_sum(latents, dense_weights(weights, indices, bank.num_experts), active)
+    # S - v_i cancels: from products rounded to bfloat16 it would be noise, which `angle_norm: rms` blows up.
+    latents = latents.to(weights.dtype)
     total = bank.total(latents)
     mixed = torch.zeros_like(total)
     for slot, index in enumerate(kept_slots(routing, bank)):

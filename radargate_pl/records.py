@@ -158,7 +158,7 @@ def _observe(
     bank, rotation = layer.bank, layer.gate.rotation
     stats = AngleStatistics.zeros(bank.out_features // 2, bank.num_experts, latents.device)
     mask = token_mask(tokens, latents.shape[:-2], stats.count).flatten()  # (T,)
-    latents = latents.flatten(0, -3)
+    latents = latents.flatten(0, -3).to(routing.weights.dtype)  # as in `mix`
     indices = None if routing.indices is None else routing.indices.flatten(0, -2)
     total = bank.total(latents)
     kept, befores, afters, chosen = [], [], [], []
