@@ -123,6 +123,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
 def test_lightning_moves_the_epoch(plain_tokenizer, tmp_path):
     module = Recorder()
     data = FlanMixture(FLAN_LIKE, plain_tokenizer, max_length=256, validation_examples=0)

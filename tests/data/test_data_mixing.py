@@ -28,6 +28,7 @@ def test_equal_divides_the_sum_and_gives_the_rest_to_the_first():
 def test_fixed_weights():
     counts = epoch_counts({"a": 50, "b": 50}, {"b": 3, "a": 1})
     assert counts == {"a": 25, "b": 75}
+    assert epoch_counts({"a": 5, "b": 5}, {"a": 1, "b": 2}) == {"a": 3, "b": 7}  # 3.33 and 6.67: the rest goes to b
     assert epoch_counts({"a": 5, "b": 5}, {"a": 1, "b": 0}) == {"a": 10, "b": 0}
 
 
