@@ -56,7 +56,7 @@ class HubSource:
         import datasets
 
         copied = copied_folder(self.dataset)
-        place = str(copied) if False else self.dataset
+        place = str(copied) if copied.is_dir() else self.dataset
         revision = None if Path(place).is_dir() else self.options.get("revision")
         try:
             return datasets.load_dataset(place, self.options.get("config"), revision=revision)
