@@ -3,11 +3,10 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_runs import (  # noqa: F401
+from tiny_runs import (
     CATEGORIES,
     FixedBatches,
     RecordingLogger,
-    _tiny_cache,
     adapters,
     batch_of,
     expert_lm,
@@ -121,7 +120,7 @@ def test_experts_trained_together_equal_each_trained_alone(tmp_path, options, ki
     for task in CATEGORIES:
         own = [[row for row in group if row[0] == task] for group in groups]
         # the alone run sees this task's examples of each optimiser step as one batch
-        steps = [sum(own[i : i + window], []) for i in range(0, len(own), window)]
+        steps = [[row for rows in own[i : i + window] for row in rows] for i in range(0, len(own), window)]
         alone_options = {name: value for name, value in options.items() if name != "accumulate_grad_batches"}
         alone = fitted(expert_lm(optimizer), tmp_path, [batch_of(step) for step in steps if step], **alone_options)
         mine = {name for name in together if name.endswith(f".{task}")}
@@ -170,7 +169,7 @@ def test_nothing_to_train_is_said_by_name(library, tmp_path):
 def test_a_schedule_that_waits_for_a_metric_is_refused(library, tmp_path):
     base = gated_lm(library)
     lm = AdaptedLM(base.network_factory, base.optimizer_factory, torch.optim.lr_scheduler.ReduceLROnPlateau)
-    with pytest.raises(ValueError, match="lr_scheduler.*ReduceLROnPlateau"):
+    with pytest.raises(ValueError, match=r"lr_scheduler.*ReduceLROnPlateau"):
         fitted(lm, tmp_path, [batch_of(rows_of(2))])
 
 
@@ -265,7 +264,7 @@ def test_scores_per_task_and_their_plain_mean(library, tmp_path, stage):
 def test_teacher_forced_exact_match_is_what_greedy_decoding_says(library, tmp_path):
     rows = rows_of(12, ["add"])
     lm = gated_lm(library, lr=3e-2)
-    fitted(lm, tmp_path, [batch_of(rows)] * 60, max_steps=60)
+    fitted(lm, tmp_path, [batch_of(rows)] * 40, max_steps=40)
     batch = batch_of(rows)
     lm.network.eval()
     labelled = lm.network(batch["input_ids"], batch["attention_mask"], batch["labels"])

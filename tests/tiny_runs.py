@@ -1,4 +1,4 @@
-"""Runs of a second: the built-in backbone `debug-tiny`, random experts, batches written by hand, a logger that remembers."""
+"""Runs of a second: backbone `debug-tiny`, random experts, batches written by hand, a logger that remembers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,14 +22,6 @@ from radargate_pl.networks import IGNORE_INDEX, GatedNetwork, NewExperts
 CATEGORIES = {"add": "maths", "echo": "text", "turn": "text"}
 LAYERS = tuple(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj"))
 WIDTHS = {"q_proj": 64, "v_proj": 32}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A cache of its own for the built-in backbone, so that no test writes into the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RADARGATE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def adapter_folder(folder: Path, seed: int, rank: int = 2) -> Path:
@@ -189,3 +180,43 @@ def trainer(folder: Path, **options: Any) -> Trainer:
     if any(type(callback).__name__ == "RunCheckpoint" for callback in options.get("callbacks", [])):
         defaults["enable_checkpointing"] = True
     return Trainer(default_root_dir=folder, **{**defaults, **options})
+
+
+def two_row_batches(train: int = 4, evaluation: int = 2) -> FixedBatches:
+    """Training batches of two examples, evaluation batches of three."""
+    rows = rows_of(24)
+    return FixedBatches(
+        [batch_of(rows[2 * i : 2 * i + 2]) for i in range(train)],
+        [batch_of(rows[12 + 3 * i : 15 + 3 * i]) for i in range(evaluation)],
+    )
+
+
+def fit(
+    lm: AdaptedLM,
+    folder: Path,
+    *callbacks: Callback,
+    steps: int = 4,
+    resume: Path | None = None,
+    module: FixedBatches | None = None,
+    **options: Any,
+) -> Trainer:
+    """A fit from seed 0."""
+    torch.manual_seed(0)
+    run = trainer(folder, max_steps=steps, callbacks=list(callbacks), **options)
+    run.fit(lm, datamodule=module or two_row_batches(), ckpt_path=resume)
+    return run
+
+
+class StopAt(Callback):
+    """Raises at the end of a step."""
+
+    def __init__(self, step: int, error: BaseException) -> None:
+        self.step, self.error = step, error
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise self.error
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
