@@ -182,3 +182,11 @@ def test_all_problems_of_all_adapters_at_once(adapter, tmp_path):
     for part in ("'dora'", "use_dora = True", "bias = 'all'", "'cut'", "there is no folder", "gone"):
         assert part in str(error.value)
     assert "'good'" not in str(error.value)
+
+
+@pytest.mark.parametrize("excluded", [r".*\.mlp\..*", ["q_proj", "layers.0.mlp.up_proj"], None])
+def test_all_linear_left_unresolved_in_the_config(tmp_path, excluded):
+    expected = deltas_of(save_with_peft(tmp_path / "a", llama(), target_modules="all-linear", exclude_modules=excluded))
+    edit(tmp_path / "a", target_modules="all-linear")  # PEFT writes the names it found instead
+    (adapter,) = load_adapters([str(tmp_path / "a")], llama())
+    assert adapter.scaling.keys() == expected.keys()
