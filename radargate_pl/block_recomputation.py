@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -17,7 +18,7 @@ def recompute_blocks(model: PreTrainedModel, options: dict[str, Any]) -> list[nn
 
     Args:
         model: the backbone.
-        options: as ``gradient_checkpointing_kwargs`` in transformers.
+        options: arguments of `torch.utils.checkpoint.checkpoint`.
 
     Returns:
         The blocks that are recomputed while their ``training`` is true.
@@ -29,16 +30,15 @@ def recompute_blocks(model: PreTrainedModel, options: dict[str, Any]) -> list[nn
     options = {"use_reentrant": False} | options
     if options["use_reentrant"]:
         raise ValueError("Expected use_reentrant to be False (reentrant checkpointing loses the gates' gradients).")
-    if model.supports_gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise ValueError(
             f"Expected a backbone whose blocks can be recomputed, but {type(model).__name__} has none. Leave "
             "gradient_checkpointing off."
         )
     for block in blocks:
-        block._gradient_checkpointing_func = partial(_recomputed_in_eval, block, block._gradient_checkpointing_func)
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = partial(_recomputed_in_eval, block, partial(checkpoint, **options))
     return list(blocks)
 
 

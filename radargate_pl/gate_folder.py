@@ -7,21 +7,18 @@
 import functools
 import importlib
 import json
-import math
 import os
-import shutil
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from radargate_pl import __version__
-from radargate_pl.adapter_config import CONFIG_FILE
+from radargate_pl.adapters import resolve_adapters
 from radargate_pl.backbones import load_backbone
-from radargate_pl.expert_files import EXPERT_FILE, WEIGHTS_FILE, save_adapter
+from radargate_pl.expert_library import save_experts
 from radargate_pl.fingerprints import check_fingerprint
 from radargate_pl.folders import replacing_folder
 from radargate_pl.gates import Gate
@@ -98,8 +95,10 @@ def load_gate(
     try:
         network = GatedNetwork(backbone=source, dtype=dtype, experts=found, gate=gate, combine=config["combine"])
     except ValueError:
-        # Experts mostly fail to fit another backbone in some detail; then that it is another one is what helps.
-        check_fingerprint("the backbone", config["fingerprints"]["backbone"], load_backbone(source, dtype).fingerprint)
+        # Another backbone or library mostly fails to fit in some detail; then that it is another one is what helps.
+        saved = config["fingerprints"]
+        check_fingerprint("the backbone", saved["backbone"], load_backbone(source, dtype).fingerprint)
+        _check_order(list(saved["experts"]), list(resolve_adapters(found)))
         raise
     check_fingerprints(config["fingerprints"], network.fingerprints)
     network.load_gate_state(read_gate_tensors(folder))
@@ -160,57 +159,16 @@ def check_fingerprints(expected: dict[str, Any], found: dict[str, Any]) -> None:
         ValueError: naming what differs, with both values.
     """
     check_fingerprint("the backbone", expected["backbone"], found["backbone"])
-    if list(expected["experts"]) != list(found["experts"]):
-        raise ValueError(
-            f"Expected the experts this gate was fitted with, {list(expected['experts'])} in this order, but found "
-            f"{list(found['experts'])}."
-        )
+    _check_order(list(expected["experts"]), list(found["experts"]))
     for name, fingerprint in expected["experts"].items():
         check_fingerprint(f"expert '{name}'", fingerprint, found["experts"][name])
 
 
-def save_experts(network: "GatedNetwork", folder: Path) -> dict[str, str]:
-    """Write every expert as a plain PEFT folder of its own, ``folder/<name>/``.
-
-    Experts that did not train are copied byte by byte: in memory they may be rounded to the backbone's dtype.
-
-    Returns:
-        Expert name to fingerprint of what was written.
-    """
-    if network.train_part != "gate":
-        return {name: _write_expert(network, name, folder / name) for name in network.experts}
-    for adapter in network.adapters:
-        with replacing_folder(folder / adapter.name) as new:
-            for name in (CONFIG_FILE, WEIGHTS_FILE, EXPERT_FILE):
-                if name != EXPERT_FILE or (adapter.folder / name).is_file():
-                    shutil.copyfile(adapter.folder / name, new / name)
-    return dict(network.fingerprints["experts"])
-
-
-def _write_expert(network: "GatedNetwork", name: str, folder: Path) -> str:
-    task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] = "SEQ_2_SEQ_LM" if network.is_encoder_decoder else "CAUSAL_LM"
-    lora_A: dict[str, Tensor] = {}
-    lora_B: dict[str, Tensor] = {}
-    alpha: dict[str, float] = {}
-    for path, layer in network.layers.items():
-        if name in layer.bank.names:
-            weights = layer.bank.expert_weights(name)
-            lora_A[path], lora_B[path] = (weight.detach().cpu().contiguous() for weight in weights)
-            rank, scaling = lora_A[path].shape[0], layer.bank.scaling[layer.bank.names.index(name)]
-            alpha[path] = scaling * (math.sqrt(rank) if network.uses_rslora else rank)
-    return save_adapter(
-        folder,
-        lora_A,
-        lora_B,
-        alpha=alpha,
-        rank=Counter(weight.shape[0] for weight in lora_A.values()).most_common(1)[0][0],
-        use_rslora=network.uses_rslora,
-        target_modules=network.target_modules or sorted(lora_A),
-        backbone=network.backbone_source,
-        backbone_fingerprint=network.fingerprints["backbone"],
-        task_type=task_type,
-        shared_A=network.shares_A,
-    )
+def _check_order(expected: list[str], found: list[str]) -> None:
+    if expected != found:
+        raise ValueError(
+            f"Expected the experts this gate was fitted with, {expected} in this order, but found {found}."
+        )
 
 
 def _gate_tensors(network: "GatedNetwork") -> dict[str, Tensor]:

@@ -194,7 +194,7 @@ class GatedNetwork(nn.Module):
         """Recompute the backbone's blocks in the backward pass, non-reentrant.
 
         Args:
-            gradient_checkpointing_kwargs: as in transformers.
+            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`.
 
         Raises:
             ValueError: see `recompute_blocks`; ``use_reentrant: True`` above all.
@@ -279,8 +279,8 @@ class GatedNetwork(nn.Module):
         return load_gate(Path(folder), **options)
 
     def save_experts(self, folder: str | Path) -> None:
-        """Write every expert as a PEFT folder of its own; see `radargate_pl.gate_folder.save_experts`."""
-        from radargate_pl.gate_folder import save_experts
+        """Write every expert as a PEFT folder of its own; see `radargate_pl.expert_library.save_experts`."""
+        from radargate_pl.expert_library import save_experts
 
         save_experts(self, Path(folder))
 

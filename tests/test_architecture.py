@@ -18,7 +18,15 @@ LAYERS = {
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),
         *("backbones", "smollm2", "debug_backbone", "hub", "folders", "fingerprints"),
-        *("networks", "network_checks", "block_recomputation", "new_experts", "label_logits", "gate_folder"),
+        *(
+            "networks",
+            "network_checks",
+            "block_recomputation",
+            "new_experts",
+            "label_logits",
+            "gate_folder",
+            "expert_library",
+        ),
     },
     4: {"data"},
     5: {"module", "steps", "metrics", "checkpoint", "expert_gradients", "provenance", "callbacks"},
