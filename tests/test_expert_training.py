@@ -1,6 +1,7 @@
 """Experts trained together, through module and Trainer, are those that training alone and PEFT itself would give."""
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ def steps_of_rows():
 def fit(folder, batches, **options):
     """Every expert's tensors after a fit over these batches, by `<path>.bank.lora_A.<expert>`."""
     lm = expert_lm(ADAMW)
-    trainer(folder, max_epochs=1, gradient_clip_val=LIMIT, **options).fit(lm, FixedBatches(batches, batch_size=4))
+    trainer(folder, max_epochs=1, limit_val_batches=0, gradient_clip_val=LIMIT, **options).fit(
+        lm, FixedBatches(batches, batch_size=4)
+    )
     return {name: value.clone() for name, value in lm.network.trainable_state().items()}
 
 
@@ -46,7 +49,9 @@ def trained_by_peft(first, task, batches):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(resolve_backbone("debug-tiny"), dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT calls what transformers deprecates
+        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])).train()
     weights = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -65,7 +70,7 @@ def trained_by_peft(first, task, batches):
             torch.nn.functional.cross_entropy(logits[i][kept[i]], labels[i, 1:][kept[i]]) for i in range(len(labels))
         ]
         torch.stack(losses).mean().backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(weights.values(), LIMIT)))
+        norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), LIMIT).item())
         optimizer.step()
     return {name: value.detach() for name, value in weights.items()}, max(norms)
 
@@ -106,11 +111,11 @@ def test_one_mask_for_all_experts_of_a_layer(kind):
     losses = []
     for network, ids in ((lone, 0), (library, 1), (library, 0)):
         torch.manual_seed(3)
-        losses.append(float(loss_of(network, {**batch, "expert": torch.full((3,), ids)})))
+        losses.append(loss_of(network, {**batch, "expert": torch.full((3,), ids)}).item())
     assert losses[0] == losses[1] == losses[2]
     torch.manual_seed(3)
     mixed = loss_of(library, {**batch, "expert": torch.tensor([0, 1, 0])})  # rows by different but equal experts
-    assert float(mixed) == pytest.approx(losses[0], rel=1e-6)
+    assert mixed.item() == pytest.approx(losses[0], rel=1e-6)
     with torch.no_grad():
         assert float(loss_of(lone.eval(), {**batch, "expert": torch.zeros(3, dtype=torch.int64)})) != losses[0]
 
