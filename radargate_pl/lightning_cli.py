@@ -209,7 +209,7 @@ class RadarGateCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says where everything lies."""
-        if self.trainer.fast_dev_run:
+        if self._get(self.config, "trainer").fast_dev_run:
             return
         folder = Path(self.trainer.default_root_dir)
         rank_zero_info(f"run folder: {folder}\nTensorBoard: tensorboard --logdir {folder}")

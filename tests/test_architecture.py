@@ -32,7 +32,7 @@ LAYERS = {
     5: {"module", "steps", "metrics", "checkpoint", "expert_gradients", "provenance", "callbacks"},
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors"),
-        *("run_folder", "run_loggers", "run_callbacks", "report"),
+        *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
 }
 FREE = {"", "atomic_files"}  # the version, and files on a disk: standard library only
