@@ -19,6 +19,7 @@ from tiny_runs import (
 
 from radargate_pl import callbacks as package
 from radargate_pl.callbacks import ResultWriter, RotationAngleMonitor, RunCheckpoint, RunProgressBar, RunSummary
+from radargate_pl.callbacks.run_summary import write_summary
 from radargate_pl.networks import GatedNetwork
 from radargate_pl.provenance import git_state, installed_versions, peak_memory_bytes, redact_arguments
 
@@ -150,6 +151,19 @@ def test_a_test_after_a_fit_keeps_the_summary_of_the_fit(library, tmp_path):
     assert set(found["earlier"]) == {"fit"}
     assert found["earlier"]["fit"]["loss"]["first"] is not None
     assert found["tasks"]
+
+
+def test_a_failure_keeps_what_went_well_before(tmp_path):
+    for command, status in (("fit", "ok"), ("test", "ok"), ("fit", "failed"), ("validate", "failed")):
+        write_summary(tmp_path, {"command": command, "status": status, "tasks": status})
+    found = read_json(tmp_path / "summary.json")
+    assert (found["command"], found["status"]) == ("validate", "failed")
+    assert {name: earlier["status"] for name, earlier in found["earlier"].items()} == {"fit": "ok", "test": "ok"}
+    write_summary(tmp_path, {"command": "fit", "status": "ok"})
+    assert read_json(tmp_path / "summary.json")["earlier"] == {}
+    (tmp_path / "summary.json").write_text("something else")
+    write_summary(tmp_path, {"command": "test", "status": "ok"})
+    assert read_json(tmp_path / "summary.json")["earlier"] == {}
 
 
 # ---- ResultWriter ----

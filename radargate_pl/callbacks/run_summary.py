@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 class RunSummary(Callback):
     """Writes ``summary.json`` into the run folder at the end of every command, whole or not at all, on rank 0.
 
-    When another command was run in the folder before (a fit before a test), its summary is kept under
+    When another command went well in the folder before (a fit before a test), its summary is kept under
     ``earlier.<command>``.
     """
 
@@ -148,22 +148,32 @@ class Stopwatch:
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Write ``summary.json``; that of another command moves to ``earlier``.
+    """Write ``summary.json``; what went well before in this folder moves to ``earlier``.
+
+    A fit that went well outdates everything before it; a command that failed outdates nothing.
 
     Args:
         folder: the run folder.
-        summary: must hold ``command``.
+        summary: must hold ``command`` and ``status``.
     """
     path = folder / SUMMARY_FILE
-    earlier: dict[str, Any] = {}
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-            earlier = {**before.pop("earlier", {}), before["command"]: before}
-        except (ValueError, KeyError):  # half a file of a foreign program: nothing worth keeping
-            earlier = {}
-    earlier.pop(summary["command"], None)
+    earlier = _summaries_so_far(path)
+    if summary["status"] == "ok":
+        earlier = {} if summary["command"] == "fit" else earlier
+        earlier.pop(summary["command"], None)
     write_json(path, {**summary, "earlier": earlier})
+
+
+def _summaries_so_far(path: Path) -> dict[str, Any]:
+    """Command -> its latest summary that went well."""
+    if not path.exists():
+        return {}
+    try:
+        before = json.loads(path.read_text())
+        earlier: dict[str, Any] = before.pop("earlier")
+        return {**earlier, before["command"]: before} if before["status"] == "ok" else earlier
+    except (ValueError, KeyError, AttributeError):  # not a summary of ours: nothing that could be kept
+        return {}
 
 
 def _network_facts(pl_module: Any) -> dict[str, Any]:
