@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from radargate_pl.ops import rms_normalize, rotate
+from radargate_pl.ops import rms_normalize
 from radargate_pl.precision import Float32Module
+from radargate_pl.rotation_function import RadarRotationFunction
 
 AngleNorm = Literal["none", "rms"]
 
@@ -83,6 +84,9 @@ class RadarRotation(Rotation):
         return (v * others) @ self.P @ self.Q
 
     def outputs(self, v: Tensor, total: Tensor, expert: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Rotate ``v`` (..., out) by its angles; see `Rotation.outputs`."""
-        angles = self.angles(v, total)
-        return rotate(v, angles), angles
+        """Rotate ``v`` (..., out) by its angles; see `Rotation.outputs`.
+
+        Equals ``rotate(v, self.angles(v, total))``; the angles returned carry no gradient.
+        """
+        rotated, angles = RadarRotationFunction.apply(v, total, self.P, self.Q, self.norm == "rms")
+        return rotated, angles
