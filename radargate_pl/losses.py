@@ -3,6 +3,8 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+IGNORE_INDEX = -100  # label of a position that carries no loss
+
 
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each labelled token in nats, in float32 whatever the logits' dtype.

@@ -14,6 +14,7 @@ from radargate_pl.block_recomputation import recompute_blocks
 from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
 from radargate_pl.gates import Context, RadarGate
 from radargate_pl.label_logits import only_positions
+from radargate_pl.losses import IGNORE_INDEX
 from radargate_pl.moe import GateFactory, attach
 from radargate_pl.network_checks import (
     check_arguments,
@@ -23,8 +24,6 @@ from radargate_pl.network_checks import (
     takes_position_ids,
 )
 from radargate_pl.new_experts import NewExperts
-
-IGNORE_INDEX = -100
 
 
 class LabelledLogits(NamedTuple):

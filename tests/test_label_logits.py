@@ -6,8 +6,7 @@ from builders import assert_near
 from tiny_models import FIVE, GATES, NAMES, SEQ2SEQ, assert_same_gradients, batch_of, loss_of, network_of
 from torch.nn import functional as F
 
-from radargate_pl.losses import example_mean_cross_entropy
-from radargate_pl.networks import IGNORE_INDEX
+from radargate_pl.losses import IGNORE_INDEX, example_mean_cross_entropy
 
 
 def inputs_of(network, batch):

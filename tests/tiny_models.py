@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from radargate_pl.backbones import load_tokenizer
 from radargate_pl.gates import FixedGate, RadarGate, RotationGate, StretchGate, TaskGate, UniformGate
-from radargate_pl.losses import example_mean_cross_entropy
-from radargate_pl.networks import IGNORE_INDEX, GatedNetwork
+from radargate_pl.losses import IGNORE_INDEX, example_mean_cross_entropy
+from radargate_pl.networks import GatedNetwork
 
 ROOT = Path(tempfile.mkdtemp(prefix="radargate-models-"))
 atexit.register(shutil.rmtree, ROOT, ignore_errors=True)

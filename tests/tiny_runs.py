@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from radargate_pl.gates import RadarGate, TaskGate
+from radargate_pl.losses import IGNORE_INDEX
 from radargate_pl.module import AdaptedLM
-from radargate_pl.networks import IGNORE_INDEX, GatedNetwork, NewExperts
+from radargate_pl.networks import GatedNetwork, NewExperts
 
 CATEGORIES = {"add": "maths", "echo": "text", "turn": "text"}
 LAYERS = tuple(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj"))

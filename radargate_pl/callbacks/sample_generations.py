@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from radargate_pl.networks import IGNORE_INDEX
+from radargate_pl.losses import IGNORE_INDEX
 
 
 class Sample(NamedTuple):

@@ -11,8 +11,7 @@ from torch.utils.data import Dataset
 
 from radargate_pl.data.cache import Encoded
 from radargate_pl.data.records import Record
-
-IGNORE_INDEX = -100
+from radargate_pl.losses import IGNORE_INDEX
 
 
 class Example(NamedTuple):

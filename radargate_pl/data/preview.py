@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from radargate_pl.data.examples import IGNORE_INDEX, Example
+from radargate_pl.data.examples import Example
 from radargate_pl.data.records import SPLITS
+from radargate_pl.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from radargate_pl.data.flan import FlanMixture

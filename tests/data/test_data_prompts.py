@@ -3,9 +3,10 @@
 import pytest
 
 from radargate_pl.backbones import load_tokenizer
-from radargate_pl.data.examples import IGNORE_INDEX, Collator, EncodedTask, ExampleSet
+from radargate_pl.data.examples import Collator, EncodedTask, ExampleSet
 from radargate_pl.data.prompts import GAP, RecordEncoder
 from radargate_pl.data.records import BadRecords, Record
+from radargate_pl.losses import IGNORE_INDEX
 
 
 def record(source="What?", target="ab", rationale=None, **options):
