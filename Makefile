@@ -32,7 +32,7 @@ quickstart: $(STAMP)
 	$(RADARGATE) fit --config configs/quickstart/experts.yaml --overwrite true
 	$(RADARGATE) fit --config $(Q) --overwrite true
 	$(RADARGATE) fit --config $(Q) --config configs/gates/stretch.yaml --trainer.default_root_dir $(RUNS)/stretch --overwrite true
-	$(RADARGATE) validate --config $(Q) --config configs/gates/task.yaml --model.network.experts [] --trainer.default_root_dir $(RUNS)/frozen --overwrite true
+	$(RADARGATE) validate --config $(Q) --config configs/gates/task.yaml --model.network.experts '[]' --trainer.default_root_dir $(RUNS)/frozen --overwrite true
 	$(RADARGATE) validate --config $(Q) --config configs/gates/uniform.yaml --trainer.default_root_dir $(RUNS)/uniform --overwrite true
 	$(RADARGATE) validate --config $(Q) --config configs/gates/task.yaml --trainer.default_root_dir $(RUNS)/task --overwrite true
 	$(RADARGATE) validate --config $(RUNS)/stretch/config.yaml --ckpt_path last
