@@ -1,13 +1,16 @@
 """What every test lives in: no network, a cache of its own, one thread, and no state left over from the test before."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 # Both before torch, transformers and datasets are imported, which read them once. The folder is removed at exit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
-CACHE = tempfile.TemporaryDirectory(prefix="radargate-tests-")
-os.environ["HF_HOME"] = f"{CACHE.name}/huggingface"
-os.environ["RADARGATE_CACHE"] = f"{CACHE.name}/radargate"
+CACHE = tempfile.mkdtemp(prefix="radargate-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["HF_HOME"] = f"{CACHE}/huggingface"
+os.environ["RADARGATE_CACHE"] = f"{CACHE}/radargate"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import logging
