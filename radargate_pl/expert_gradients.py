@@ -81,17 +81,16 @@ def mean_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
     """Multiply gradients in place; absent gradients stay absent.
 
     With the loss ``1/W sum_i l_i`` of the micro-batches, ``factor = W / N`` makes the mean over the N examples that
-    speak to these
-    parameters: all of them for a gate, an expert's own for an expert under TaskGate, which is what training it alone
-        would give.
+    speak to these parameters: all of them for a gate; for an expert under TaskGate its own, which is what training it
+    alone would give.
 
     Args:
         parameters: any parameters.
         factor: scalar.
     """
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor.to(parameter.grad))
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:  # one call instead of one for each of hundreds of small tensors, as torch's own clipping does
+        torch._foreach_mul_(gradients, factor.to(gradients[0]))
 
 
 def clip_groups(groups: Iterable[Sequence[Tensor]], limit: float, algorithm: str) -> None:

@@ -294,5 +294,5 @@ class AdaptedLM(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load what trained, or refuse a checkpoint of another gate, backbone or expert."""
-        self.restored_step = int(checkpoint["global_step"])
         restore_network(checkpoint, self.built_network, is_resuming=self.trainer.state.fn == "fit")
+        self.restored_step = int(checkpoint["global_step"])
