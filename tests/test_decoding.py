@@ -5,7 +5,7 @@ import torch
 from builders import assert_near
 from tiny_models import EOS, GATES, PAD, SEQ2SEQ, batch_of, left_padded, network_of
 
-NEW = 5
+NEW = 4
 FIXED_LENGTH = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}  # the end token is never chosen
 
 
@@ -56,10 +56,9 @@ def test_cached_decoding_equals_recomputing_the_prefix(kind, gate):
     assert torch.equal(cached, recomputed(network, **prompts, start=start))
     beams = network.generate(**prompts, **FIXED_LENGTH, num_beams=3)
     assert torch.equal(beams, network.generate(**prompts, **FIXED_LENGTH, num_beams=3, use_cache=False))
-    for row in range(3):
-        alone = single(prompts, row)
-        assert torch.equal(network.generate(**alone, **FIXED_LENGTH)[0], cached[row])
-        assert torch.equal(network.generate(**alone, **FIXED_LENGTH, num_beams=3)[0], beams[row])
+    for row, options, batched in ((1, {}, cached), (1, {"num_beams": 3}, beams), (2, {"num_beams": 3}, beams)):
+        alone = network.generate(**single(prompts, row), **FIXED_LENGTH, **options)
+        assert torch.equal(alone[0], batched[row])
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -106,6 +105,9 @@ def test_several_choices_repeat_rows_side_by_side(kind):
     best = network.generate(**prompts, **FIXED_LENGTH, num_beams=3)
     assert torch.equal(choices[::2], best)
     assert not torch.equal(choices[1::2], best)
+    for row in range(3):
+        alone = network.generate(**single(prompts, row), **FIXED_LENGTH, num_beams=3, num_return_sequences=2)
+        assert torch.equal(choices[2 * row : 2 * row + 2], alone)
     others = network.generate(**{**prompts, "expert": prompts["expert"].roll(1)}, **FIXED_LENGTH, num_beams=3)
     assert not torch.equal(others, best)  # the experts matter at all
     torch.manual_seed(0)

@@ -51,6 +51,13 @@ def test_saved_and_loaded_again_is_exact(tmp_path, kind, gate, include_experts):
     assert (again.experts, again.fingerprints) == (network.experts, network.fingerprints)
     assert not again.training
     assert (tmp_path / "gate" / "experts" / "e2").is_dir() is include_experts
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_loaded_gate_generates_the_same(tmp_path, kind):
+    network = network_of(kind)
+    network.save_pretrained(tmp_path / "gate")
+    again = load(tmp_path / "gate")
     batch = batch_of(kind) if kind in SEQ2SEQ else left_padded(batch_of(kind))
     prompts = {name: batch[name] for name in ("input_ids", "attention_mask", "expert")}
     options = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
