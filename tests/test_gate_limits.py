@@ -9,8 +9,10 @@ import pytest
 import torch
 from builders import assert_near, experts_of, layer_of, randomise, recorded
 from gate_cases import COUNT, TOKENS, Case, build, inputs
+from reference import Expert, expert_outputs
 
 from radargate_pl.gates import RadarGate, RotationGate, StretchGate
+from radargate_pl.ops import dense_weights
 
 
 @pytest.mark.parametrize("scorer", ["x", "experts"])
@@ -137,5 +139,11 @@ def test_an_expert_whose_companions_say_nothing_is_not_rotated(dtype: torch.dtyp
     experts = {n: e if n == "e0" else e._replace(lora_B=0 * e.lora_B) for n, e in experts.items()}
     layer = build(Case(RadarGate, {"top_k": top_k}), experts)
     x = torch.randn(60, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
-    angles = recorded(layer, x)[1].angles
-    assert angles.abs().max() <= (1e-9 if dtype == torch.float64 else 0.02)
+    y, record = recorded(layer, x)
+    assert record.angles.abs().max() <= (1e-9 if dtype == torch.float64 else 0.02)
+    wide = {n: Expert(e.lora_A.double(), e.lora_B.double(), e.scaling) for n, e in experts.items()}
+    weight = dense_weights(record.weights.double(), record.indices, 3)[:, :1]
+    unrotated = layer.base_layer(x).double() + weight * expert_outputs(x.double(), [wide["e0"]])[0]
+    assert_near(
+        y.double(), unrotated, {torch.float64: 1e-9, torch.float32: 0.02, torch.bfloat16: 0.02}[dtype], "output"
+    )

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from builders import IN, OneLayer, batch, experts_of, gated_llama, layer_of, randomise, recorded
-from reference import Expert, plane_angles
+from builders import IN, OneLayer, assert_near, batch, experts_of, gated_llama, layer_of, randomise, recorded
+from reference import Expert, plane_angles, rotate_rows
 
 from radargate_pl.gates import RadarGate, RotationGate, StretchGate
 from radargate_pl.records import record_gates
@@ -125,8 +125,14 @@ def test_bfloat16_angles_are_those_of_float64_on_the_same_latents(others: float)
     layer = layer_of(experts, partial(RadarGate, top_k=2))
     randomise(layer.gate)
     x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    angles = recorded(layer, x)[1].angles[:, 0].double()
+    y, record = recorded(layer, x)
+    angles = record.angles[:, 0].double()
     wide, latents = copy.deepcopy(layer.bank).double(), layer.bank.project(x).double()
     v, w = wide.lift_expert(latents, 0), wide.lift_expert(latents, 1)
     exact = plane_angles(v, w, layer.gate.rotation.P.double(), layer.gate.rotation.Q.double(), "rms")
     assert (angles - exact).square().mean().sqrt() <= 0.01 * exact.square().mean().sqrt()
+    other = plane_angles(w, v, layer.gate.rotation.P.double(), layer.gate.rotation.Q.double(), "rms")
+    weights = record.weights.double()
+    mixed = weights[:, :1] * rotate_rows(v, exact) + weights[:, 1:] * rotate_rows(w, other)
+    # The forward itself: one rounding to bfloat16 of the mixture and one of the sum.
+    assert_near(y.double(), layer.base_layer(x).double() + mixed, 2**-7, "output")

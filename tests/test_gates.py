@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from builders import OUT, assert_near, bank_of, experts_of, recorded
@@ -116,3 +118,25 @@ def test_banks_of_the_tests_hold_an_odd_width_and_mixed_ranks() -> None:
     assert OUT % 2 == 1
     assert len(set(bank.ranks)) > 1
     assert len(set(bank.scaling)) > 1
+
+
+def test_two_experts_by_hand() -> None:
+    """By hand: v_1 = (1, 2), v_2 = (3, 1), U_1 = U_2 = (3, 2), a = 0.1 * (3 + 2) = 0.5 rad, g = 1/2."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    B = {
+        "e0": torch.tensor([[0.5], [1.0]], dtype=torch.float64),
+        "e1": torch.tensor([[3.0], [1.0]], dtype=torch.float64),
+    }
+    experts = {"e0": Expert(one, B["e0"], 2.0), "e1": Expert(one, B["e1"], 1.0)}
+    case = Case(RadarGate, {"top_k": 2, "angle_norm": "none"})
+    layer = build(case, experts, bias=False)
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+        layer.gate.scorer.weight.zero_()
+        layer.gate.rotation.P.zero_()[:, 0] = 0.1
+        layer.gate.rotation.Q.zero_()[0] = 1.0
+    cosine, sine = math.cos(0.5), math.sin(0.5)
+    first, second = (cosine - 2 * sine, sine + 2 * cosine), (3 * cosine - sine, 3 * sine + cosine)
+    expected = [(first[m] + second[m]) / 2 for m in range(2)]
+    assert layer(one).tolist()[0] == pytest.approx(expected, rel=1e-14)
+    assert dense(case, layer, experts, one).output.tolist()[0] == pytest.approx(expected, rel=1e-14)

@@ -6,7 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from builders import IN, batch, experts_of, gated_llama, layer_of, randomise, recorded
+from builders import IN, assert_near, batch, experts_of, gated_llama, layer_of, randomise, recorded
+from gate_cases import COUNT, Case, build, dense, inputs
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from radargate_pl.gates import (
@@ -85,13 +87,33 @@ def test_under_task_gate_only_the_experts_of_the_batch_get_gradients() -> None:
 
 
 @pytest.mark.parametrize("gate", [StretchGate, RadarGate, RotationGate])
-def test_first_and_second_order_gradients_agree_with_finite_differences(gate: type) -> None:
-    """Through the recomputed slots too: nothing in the layer stops double backward."""
+def test_gradients_agree_with_finite_differences(gate: type) -> None:
     layer = layer_of(experts_of(3), gate)
     randomise(layer.gate.double(), scale=0.5)
     x = torch.randn(2, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x,))
-    assert torch.autograd.gradgradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("gate", [StretchGate, RadarGate, RotationGate])
+@pytest.mark.parametrize("linear", [True, False], ids=["sum", "sin"])
+def test_second_order_gradients_are_right_or_refused(gate: type, linear: bool) -> None:
+    """A penalty on gradients: never silently without the terms of the rotation."""
+    case, experts = Case(gate, {}), experts_of(COUNT)
+    layer, x = build(case, experts), inputs().requires_grad_()
+
+    def of_penalty(y: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad((y if linear else y.sin()).sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    expected = of_penalty(dense(case, layer, experts, x).output)
+    try:
+        ours = of_penalty(layer(x))
+    except RuntimeError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+        assert_near(ours, expected, 1e-10, "gradient of the penalty")
+    assert not refusal or (gate is not StretchGate and "twice" in refusal)
 
 
 def test_gradients_are_reproducible_under_deterministic_algorithms() -> None:
