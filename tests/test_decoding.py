@@ -131,7 +131,7 @@ def test_a_decoder_prompt_is_no_new_id():
     free = network.generate(**prompts, **FIXED_LENGTH)
     start = torch.cat([torch.full((3, 1), 3), free[:, :2]], 1)
     continued = network.generate(
-        **prompts, max_new_tokens=3, min_new_tokens=3, do_sample=False, decoder_input_ids=start
+        **prompts, max_new_tokens=2, min_new_tokens=2, do_sample=False, decoder_input_ids=start
     )
     assert torch.equal(continued, free[:, 2:])
 
