@@ -35,8 +35,6 @@ quickstart: $(STAMP)
 	$(RADARGATE) validate --config $(Q) --config configs/gates/task.yaml --model.network.experts '[]' --trainer.default_root_dir $(RUNS)/frozen --overwrite true
 	$(RADARGATE) validate --config $(Q) --config configs/gates/uniform.yaml --trainer.default_root_dir $(RUNS)/uniform --overwrite true
 	$(RADARGATE) validate --config $(Q) --config configs/gates/task.yaml --trainer.default_root_dir $(RUNS)/task --overwrite true
-	$(RADARGATE) validate --config $(RUNS)/stretch/config.yaml --ckpt_path last
-	$(RADARGATE) validate --config $(RUNS)/radargate/config.yaml --ckpt_path last
 	$(BIN)/python -m radargate_pl.report --quickstart $(RUNS)
 
 test: $(STAMP)

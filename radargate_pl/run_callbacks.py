@@ -58,13 +58,11 @@ class LoadGateFolder(Callback):
         self.folder = folder
 
     def _load(self, pl_module: LightningModule) -> None:
-        from safetensors.torch import load_file
-
-        from radargate_pl.gate_folder import TENSORS, check_fingerprints, read_config
+        from radargate_pl.gate_folder import check_fingerprints, read_config, read_gate_tensors
 
         network: Any = pl_module.network
         check_fingerprints(read_config(self.folder)["fingerprints"], network.fingerprints)
-        network.load_gate_state(load_file(self.folder / TENSORS))
+        network.load_gate_state(read_gate_tensors(self.folder))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the fit from this gate."""

@@ -3,6 +3,7 @@
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -33,6 +34,9 @@ class RunTensorBoardLogger(TensorBoardLogger):
 class RunCSVLogger(CSVLogger):
     """``metrics.csv`` in the run folder; a resumed fit appends to it (Lightning's own deletes it first).
 
+    What belongs to one layer (``gate/<layer path>/...``) is left to TensorBoard and ``angles.csv``: 60 layers of nine
+    experts would be 660 columns that no one can read.
+
     Args:
         folder: the run folder.
         flush_logs_every_n_steps: logged steps between two writes.
@@ -47,6 +51,13 @@ class RunCSVLogger(CSVLogger):
         if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
             self._experiment = _AppendingWriter(self.log_dir)
         return super().experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+        """Take in a row of values; per-layer ones are left out."""
+        kept = {name: value for name, value in metrics.items() if not _is_of_one_layer(name)}
+        if kept:
+            super().log_metrics(kept, step)
 
     @rank_zero_only
     def save(self) -> None:
@@ -83,3 +94,8 @@ class _AppendingWriter(ExperimentWriter):
 
     def _check_log_dir_exists(self) -> None:
         """Lightning's would warn about the folder and delete the file."""
+
+
+def _is_of_one_layer(name: str) -> bool:
+    parts = name.split("/")
+    return parts[0] == "gate" and "." in parts[1]
