@@ -53,7 +53,7 @@ class RunCSVLogger(CSVLogger):
         return super().experiment
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Take in a row of values; per-layer ones are left out."""
         kept = {name: value for name, value in metrics.items() if not _is_of_one_layer(name)}
         if kept:

@@ -221,41 +221,6 @@ def test_bfloat16_statistics_are_accumulated_in_float32() -> None:
     torch.testing.assert_close(bank.norms(latents).double(), wide_bank.norms(latents.double()), rtol=1e-6, atol=0)
 
 
-def test_what_is_remembered_of_frozen_experts_follows_new_weights() -> None:
-    experts, others = experts_of(COUNT), experts_of(COUNT, seed=5)
-    bank, fresh = bank_of(experts), bank_of(others)
-    latents = fresh.project(tokens())
-    bank.norms(latents)  # may remember the Gram blocks of the first weights
-    bank.load_state_dict(fresh.state_dict())
-    torch.testing.assert_close(bank.norms(latents), fresh.norms(latents), rtol=1e-14, atol=0)
-
-
-def test_what_is_remembered_under_inference_mode_can_be_trained_through() -> None:
-    """Lightning validates before it trains, in inference mode."""
-    bank, theta = bank_of(experts_of(COUNT)), torch.randn(COUNT, COUNT * OUT, dtype=torch.float64, requires_grad=True)
-    with torch.inference_mode():
-        bank.norms(bank.project(tokens()))
-    x = tokens().requires_grad_()
-    bank.layer_norm_logits(bank.project(x), theta).sum().backward()
-    assert x.grad.isfinite().all()
-
-
-def test_copies_and_dtype_changes_forget_what_was_remembered() -> None:
-    bank = bank_of(experts_of(COUNT, dtype=torch.float32))
-    first = bank.norms(bank.project(tokens(torch.float32)))
-    wide = copy.deepcopy(bank).double()
-    ours = wide.norms(wide.project(tokens()))
-    assert ours.dtype == torch.float64
-    expected = torch.stack(
-        expert_outputs(
-            tokens(), [Expert(a.double(), b.double(), s) for a, b, s in experts_of(COUNT, dtype=torch.float32).values()]
-        ),
-        1,
-    )
-    torch.testing.assert_close(ours, expected.norm(dim=-1), rtol=1e-13, atol=0)
-    assert torch.equal(bank.norms(bank.project(tokens(torch.float32))), first)
-
-
 def _arguments() -> tuple[dict, dict, dict]:
     experts = experts_of(2)
     return tuple({n: e[field] for n, e in experts.items()} for field in range(3))  # type: ignore[return-value]
