@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 import radargate_pl.data  # noqa: F401 - short names such as "FlanMixture" are found once their module is loaded
 from radargate_pl import callbacks
+from radargate_pl.callbacks import RunCheckpoint, RunProgressBar
 from radargate_pl.config_errors import ConfigCheck
 from radargate_pl.config_schema import find_class, named_classes, nearest, parser_schema
 from radargate_pl.config_sources import (
@@ -49,6 +50,9 @@ FLAGS = {
     "preview": "Print three records with the tokens that carry loss, and exit before any weights are loaded.",
     "overwrite": "Replace the run that the run folder holds: its checkpoints, gate, experts and metrics are deleted.",
 }
+
+# Settings of the trainer that turn off what a default callback does.
+SWITCHES: dict[str, type[Callback]] = {"enable_checkpointing": RunCheckpoint, "enable_progress_bar": RunProgressBar}
 
 # Classes that --help NAME explains: how many of their first arguments the program gives, and where they are set.
 EXPLAINED: dict[type, tuple[int, str | None]] = {
@@ -189,6 +193,11 @@ class RadarGateCLI(LightningCLI):
         elif logger in (None, True):
             kwargs["logger"] = False  # results of the other commands are in summary.json and test/
         return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        # Lightning refuses a callback whose job the trainer's switches turn off.
+        off = [kind for name, kind in SWITCHES.items() if config[name] is False]
+        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, tuple(off))])
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

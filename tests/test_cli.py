@@ -297,3 +297,11 @@ class TestErrors:
         monkeypatch.setattr("radargate_pl.lightning_cli.read_yaml", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(["fit", *DEBUG])
+
+
+def test_the_trainers_switches_turn_off_checkpoints_and_progress_bar(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    switches = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", *DEBUG, *switches, "--trainer.max_steps=1"]) == 0
+    assert summary("runs/debug")["status"] == "ok"
+    assert not Path("runs/debug/checkpoints").exists()
