@@ -62,7 +62,7 @@ class ExpertBank(Float32Module):
         self.rank = max(self.ranks)
         self.in_features = lora_A[self.names[0]].shape[1]
         self.out_features = lora_B[self.names[0]].shape[0]
-        self._cache: dict[str, tuple[int, Tensor]] = {}
+        self._cache: dict[str, tuple[Tensor, int, Tensor]] = {}  # name -> (weights, their version, value)
         self._store([lora_A[name] for name in self.names], [lora_B[name] for name in self.names])
 
     def _store(self, lora_A: list[Tensor], lora_B: list[Tensor]) -> None:
@@ -89,12 +89,15 @@ class ExpertBank(Float32Module):
         return lora_B.flatten(1) if active is None else lora_B[:, list(active)].flatten(1)
 
     def _cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
-        version = self.lora_B._version  # counts writes in place, `load_state_dict` among them
-        if name not in self._cache or self._cache[name][0] != version:
+        if self.lora_B.is_inference():  # made in inference mode, where writes are not counted
+            return build()
+        weights, version, value = self._cache.get(name, (None, -1, None))
+        if value is None or weights is not self.lora_B or version != self.lora_B._version:
             # Lightning validates in inference mode before it trains: a tensor made there could not be trained through.
             with torch.inference_mode(False), torch.no_grad():
-                self._cache[name] = (version, build())
-        return self._cache[name][1]
+                value = build()
+            self._cache[name] = (self.lora_B, self.lora_B._version, value)
+        return value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._cache.clear()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from radargate_pl.ops import RMS_EPS
 
@@ -43,9 +42,15 @@ class RadarRotationFunction(torch.autograd.Function):
         return _turned(v, turn).view(shape), angles
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        """Return the gradients of v, S, P and Q."""
+        """Return the gradients of v, S, P and Q.
+
+        Raises:
+            RuntimeError: under ``create_graph=True``. torch's ``once_differentiable`` lets a constant incoming gradient
+                pass, and the second derivative would then silently lack the rotation.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError("The rotation of RadarGate and RotationGate cannot be differentiated twice.")
         v, others, P, Q, raw, z, turn, *inverse = ctx.saved_tensors
         shape = grad.shape
         grad_v = _turned(grad.reshape(v.shape), turn.conj())

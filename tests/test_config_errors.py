@@ -92,7 +92,7 @@ def test_abbreviations_are_refused(mistakes):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--model.network.gate", "StretchGat"], "no Gate called 'StretchGat'. Nearest: StretchGate."),
+        (["--model.network.gate", "StretchGat"], "no Gate called 'StretchGat'. Nearest: StretchGate"),
         (["--model.network.gate", "torch.nn.Linear"], "'torch.nn.Linear' is not a Gate. "),
         (["--model.network.gate", "nowhere.Gate"], "cannot import 'nowhere.Gate' (No module named 'nowhere')"),
         (["--data", "FlanMixtur"], "no LightningDataModule called 'FlanMixtur'. Nearest: FlanMixture."),
