@@ -1,6 +1,5 @@
 """Experts that are still to be trained: which there are and what they start from (layer 3)."""
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -9,6 +8,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from radargate_pl.initialization import generator_for
 
 
 @dataclass
@@ -98,7 +99,7 @@ class NewExperts:
             if self.share_A and lora_A:
                 lora_A[name] = next(iter(lora_A.values()))
                 continue
-            generator = torch.Generator().manual_seed(_seed_of("shared" if self.share_A else name, path))
+            generator = generator_for("shared" if self.share_A else name, path)
             weight = torch.empty(self.rank, layer.in_features, dtype=torch.float32)
             lora_A[name] = nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
         lora_B = {name: torch.zeros(layer.out_features, self.rank, dtype=torch.float32) for name in names}
@@ -113,8 +114,3 @@ def expert_name(category: str) -> str:
         'reading_comp__QA'
     """
     return re.sub(r"[^A-Za-z0-9_-]", "_", category)
-
-
-def _seed_of(name: str, path: str) -> int:
-    text = f"{torch.initial_seed()}/{name}/{path}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

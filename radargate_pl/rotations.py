@@ -56,6 +56,7 @@ class RadarRotation(Rotation):
         out_features: width of the expert outputs; with an odd width the last coordinate stays.
         rank: rank of the angle matrix theta_r = P Q (r_a of the paper).
         norm: "none" (the paper's form) or "rms" (scale-free).
+        generator: draws P; ``None`` is torch's global one.
 
     Raises:
         ValueError: when ``rank`` is below 1 or ``norm`` is unknown.
@@ -65,7 +66,9 @@ class RadarRotation(Rotation):
 
     acts_on_outputs = True
 
-    def __init__(self, out_features: int, rank: int = 8, norm: AngleNorm = "rms") -> None:
+    def __init__(
+        self, out_features: int, rank: int = 8, norm: AngleNorm = "rms", generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"Expected rotation_rank to be at least 1, but got {rank}.")
@@ -73,7 +76,9 @@ class RadarRotation(Rotation):
             raise ValueError(f"Expected angle_norm to be 'none' or 'rms', but got {norm!r}.")
         self.norm = norm
         bound = 1 / math.sqrt(out_features)
-        self.P = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32).uniform_(-bound, bound))
+        self.P = nn.Parameter(
+            torch.empty(out_features, rank, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        )
         self.Q = nn.Parameter(torch.zeros(rank, out_features // 2, dtype=torch.float32))
 
     def angles(self, v: Tensor, total: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
     0: {"ops", "losses"},
-    1: {"experts", "precision", "rotation_function", "rotations", "trainable_experts", "gates"},
+    1: {"experts", "initialization", "precision", "rotation_function", "rotations", "trainable_experts", "gates"},
     2: {"moe", "records"},
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),

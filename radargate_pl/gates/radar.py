@@ -8,6 +8,7 @@ from radargate_pl.experts import ExpertBank
 from radargate_pl.gates.base import Context, Gate, Routing, Site
 from radargate_pl.gates.scorers import ScorerName
 from radargate_pl.gates.stretch import Renormalize, StretchGate, check_top_k
+from radargate_pl.initialization import generator_for
 from radargate_pl.ops import gate_dtype
 from radargate_pl.rotations import AngleNorm, RadarRotation
 
@@ -53,7 +54,8 @@ class RadarGate(StretchGate):
         self.rotation_rank = rotation_rank
         self.rotation_sharing = rotation_sharing
         self.angle_norm = angle_norm
-        self.rotation = RadarRotation(site.out_features, rotation_rank, angle_norm)
+        generator = generator_for(site.path, "rotation")
+        self.rotation = RadarRotation(site.out_features, rotation_rank, angle_norm, generator)
 
 
 class RotationGate(Gate):
@@ -90,7 +92,8 @@ class RotationGate(Gate):
         self.rotation_rank = rotation_rank
         self.rotation_sharing = rotation_sharing
         self.angle_norm = angle_norm
-        self.rotation = RadarRotation(site.out_features, rotation_rank, angle_norm)
+        generator = generator_for(site.path, "rotation")
+        self.rotation = RadarRotation(site.out_features, rotation_rank, angle_norm, generator)
 
     def bind(self, bank: ExpertBank) -> None:
         """Refuse a ``top_k`` above the number of experts in the library."""

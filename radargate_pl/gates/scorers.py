@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from radargate_pl.experts import ExpertBank
 from radargate_pl.gates.base import Site
+from radargate_pl.initialization import generator_for
 from radargate_pl.ops import gate_dtype
 from radargate_pl.precision import Float32Module
 
@@ -29,7 +30,7 @@ class InputScorer(Float32Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.weight = _uniform(len(site.experts), site.in_features)
+        self.weight = _uniform(site, site.in_features)
 
     def forward(self, x: Tensor, latents: Tensor, bank: ExpertBank) -> Tensor:
         """Score all experts: x (..., in) to logits (..., E), float32."""
@@ -49,7 +50,7 @@ class ExpertsScorer(Float32Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.weight = _uniform(len(site.experts), len(site.experts) * site.out_features)
+        self.weight = _uniform(site, len(site.experts) * site.out_features)
 
     def forward(self, x: Tensor, latents: Tensor, bank: ExpertBank) -> Tensor:
         """Score all experts from their latents (..., E, r): logits (..., E), float32."""
@@ -68,6 +69,7 @@ def build_scorer(name: ScorerName, site: Site) -> InputScorer | ExpertsScorer:
     return scorers[name](site)
 
 
-def _uniform(rows: int, fan_in: int) -> nn.Parameter:
+def _uniform(site: Site, fan_in: int) -> nn.Parameter:
     bound = 1 / math.sqrt(fan_in)
-    return nn.Parameter(torch.empty(rows, fan_in, dtype=torch.float32).uniform_(-bound, bound))
+    weight = torch.empty(len(site.experts), fan_in, dtype=torch.float32)
+    return nn.Parameter(weight.uniform_(-bound, bound, generator=generator_for(site.path, "scorer")))
