@@ -184,7 +184,9 @@ def _check(options: argparse.Namespace, groups: Sequence[Group]) -> int:
         print(f"not met: {failure}", file=sys.stderr)
     if not failures:
         print(
-            f"met: every expert lowers its task's loss by {improvement:.0%} or more against {requirement.reference!r}"
+            f"met: every expert lowers its task's loss by {improvement:.0%} or more against {requirement.reference!r}, "
+            f"and {options.require_tasks} or more tasks exceed {options.require_exact_match} exact match with "
+            f"{requirement.right!r}"
         )
     return 1 if failures else 0
 

@@ -25,7 +25,7 @@ GATES = {
 }
 RATES = ("3e-4", "1e-3", "3e-3")
 SEEDS = (0, 1, 2)
-EXPERT_STEPS, GATE_STEPS = 250, 50
+EXPERT_STEPS, GATE_STEPS = 250, 80
 
 
 def main() -> None:
