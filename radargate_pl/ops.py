@@ -3,7 +3,7 @@
 Symbols of the paper (arXiv 2505.23184) and their names here: theta -> ``scorer.weight``, epsilon -> ``logits``, g ->
 ``weights``, tau -> ``temperature``, v_i -> expert output ``v``, S -> ``total``, a_i (theta_r U_i) -> ``angles`` in
 radians. Shapes in comments: B batch, S sequence, E experts, K kept experts, r rank, in, out; ``...`` is any number of
-    token dimensions.
+token dimensions.
 """
 
 import torch

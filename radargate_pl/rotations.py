@@ -50,7 +50,7 @@ class RadarRotation(Rotation):
     ``a_i = (U_i P) Q`` with ``U_i = v_i * (S - v_i)``, ``P`` (out, rank), ``Q`` (rank, out // 2), shared by all
     experts; ``vt_i = rotate(v_i, a_i)``. With ``norm="rms"`` both factors of ``U_i`` are divided by their root mean
     square first, so that angles depend neither on the size of the LoRA outputs nor on the number of experts. ``Q``
-        starts at zero: no rotation.
+    starts at zero: no rotation.
 
     Args:
         out_features: width of the expert outputs; with an odd width the last coordinate stays.
