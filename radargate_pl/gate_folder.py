@@ -4,8 +4,6 @@
 ``README.md``; with experts also ``experts/<name>/``, plain PEFT folders. Nothing in it is code and nothing is pickled.
 """
 
-import functools
-import importlib
 import json
 import os
 from pathlib import Path
@@ -17,12 +15,12 @@ from torch import Tensor
 
 from radargate_pl import __version__
 from radargate_pl.adapters import resolve_adapters
+from radargate_pl.arguments import spec_of
 from radargate_pl.backbones import load_backbone
+from radargate_pl.class_specs import factory_of
 from radargate_pl.expert_library import save_experts
 from radargate_pl.fingerprints import check_fingerprint
 from radargate_pl.folders import replacing_folder
-from radargate_pl.gates import Gate
-from radargate_pl.moe import GateFactory
 
 if TYPE_CHECKING:
     from radargate_pl.networks import GatedNetwork
@@ -89,7 +87,7 @@ def load_gate(
     from radargate_pl.networks import GatedNetwork
 
     config = read_config(folder)
-    gate = _gate_factory(config["gate"], trust_code=trust_code)
+    gate = factory_of(config["gate"], trust_code=trust_code)
     source = backbone or _backbone_source(folder, config["backbone"])
     found = experts if experts is not None else _expert_folders(folder, config["experts"])
     try:
@@ -181,7 +179,7 @@ def _config(network: "GatedNetwork", folder: Path) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "radargate_version": __version__,
-        "gate": {"class_path": f"{type(gate).__module__}.{type(gate).__qualname__}", "init_args": gate.arguments()},
+        "gate": spec_of(gate),
         "gate_line": gate.line(),
         "combine": network.combine,
         "backbone": _seen_from(folder, Path(network.backbone_source).expanduser()),
@@ -202,25 +200,6 @@ def _backbone_source(folder: Path, stored: str) -> str:
             f"Expected the backbone of {folder} at {stored} (seen from there), but it is not there. Pass backbone=."
         )
     return stored
-
-
-def _gate_factory(spec: dict[str, Any], *, trust_code: bool) -> GateFactory:
-    module, _, name = spec["class_path"].rpartition(".")
-    if not trust_code and module.split(".")[0] != "radargate_pl":
-        raise ValueError(
-            f"Expected a gate of radargate_pl, but the folder names {spec['class_path']}. Pass trust_code=True if you "
-            "trust that class: its code will run."
-        )
-    try:
-        gate_class = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"Expected the gate {spec['class_path']} to exist, but {error}. Use the version of radargate-pl (and the "
-            "package of the gate, if it is not ours) that wrote the folder."
-        ) from error
-    if not (isinstance(gate_class, type) and issubclass(gate_class, Gate)):
-        raise ValueError(f"Expected {spec['class_path']} to be a Gate, but it is not.")
-    return functools.partial(gate_class, **spec["init_args"])
 
 
 def _expert_folders(folder: Path, experts: dict[str, str]) -> dict[str, str]:

@@ -57,6 +57,11 @@ def bank_of(
     )
 
 
+def site_of(out_features: int = OUT, in_features: int = IN, experts: Sequence[str] = ("e0", "e1", "e2")) -> Site:
+    """A layer for gates and rotations that are built without one."""
+    return Site("layer", in_features, out_features, max(RANKS), tuple(experts))
+
+
 class OneLinear(nn.Module):
     """The smallest model there is: one linear layer called `layer`."""
 

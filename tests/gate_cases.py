@@ -72,4 +72,6 @@ def dense(case: Case, layer: MoELinear, experts: Mapping[str, Expert], x: Tensor
     """The reference from the layer's live parameters (same leaves, so that gradients compare)."""
     state = dict(layer.named_parameters())
     options = {k: v for k, v in case.options.items() if k != "weights"}
-    return dense_layer(x, list(experts.values()), state, gate=case.gate.__name__, fixed=case.fixed, **options)
+    if case.fixed is not None:
+        options["fixed"] = case.fixed
+    return dense_layer(x, list(experts.values()), state, gate=case.gate.__name__, **options)

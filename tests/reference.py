@@ -137,37 +137,68 @@ def mixture(outputs: Sequence[Tensor], weights: Tensor, P: Tensor | None, Q: Ten
     return mixed, torch.stack(all_angles, dim=1) if all_angles else None
 
 
+def stretch_weights(
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    experts: Sequence[Expert],
+    state: Mapping[str, Tensor],
+    *,
+    top_k: int = 2,
+    scorer: str = "x",
+    temperature: float = 1.0,
+    renormalize: str = "auto",
+) -> tuple:
+    """StretchGate and RadarGate: softmax, the k largest, renormalised or not."""
+    theta = state["gate.scorer.weight"]
+    logits = scores_of_input(x, theta) if scorer == "x" else scores_of_experts(outputs, theta)
+    return *softmax_top_k(logits, top_k, temperature, renormalize)[:1], logits, choose(logits, top_k)
+
+
+def norm_weights(
+    x: Tensor, outputs: Sequence[Tensor], experts: Sequence[Expert], state: Mapping[str, Tensor], *, top_k: int = 2
+) -> tuple:
+    """RotationGate: the k largest outputs, weight 1/k."""
+    weights, chosen = largest_norms(outputs, top_k)
+    return weights, None, chosen
+
+
+def constant_weights(
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    experts: Sequence[Expert],
+    state: Mapping[str, Tensor],
+    *,
+    fixed: Sequence[float] | None = None,
+) -> tuple:
+    """UniformGate, and gates whose weights the test knows."""
+    weights = [1.0 / len(experts)] * len(experts) if fixed is None else fixed
+    return torch.as_tensor(weights, dtype=x.dtype).expand(x.shape[0], len(experts)), None, None
+
+
+# Gate name to the function of (x, outputs, experts, state, **options) that gives weights (T, E), logits, chosen sets.
+WEIGHTS = {
+    "StretchGate": stretch_weights,
+    "RadarGate": stretch_weights,
+    "RotationGate": norm_weights,
+    "UniformGate": constant_weights,
+    "FixedGate": constant_weights,
+    "TaskGate": constant_weights,
+}
+
+
 def dense_layer(
     x: Tensor,
     experts: Sequence[Expert],
     state: Mapping[str, Tensor],
     *,
     gate: str,
-    top_k: int = 2,
-    scorer: str = "x",
-    temperature: float = 1.0,
-    renormalize: str = "auto",
     angle_norm: str = "rms",
-    fixed: Sequence[float] | None = None,
+    **options: object,
 ) -> Dense:
     """The whole layer on x (T, in); `state` holds base_layer.*, gate.scorer.weight, gate.rotation.P and .Q."""
     outputs = expert_outputs(x, experts)
-    logits, chosen = None, None
-    if gate in ("StretchGate", "RadarGate"):
-        theta = state["gate.scorer.weight"]
-        logits = scores_of_input(x, theta) if scorer == "x" else scores_of_experts(outputs, theta)
-        weights, chosen = softmax_top_k(logits, top_k, temperature, renormalize)
-    elif gate == "RotationGate":
-        weights, chosen = largest_norms(outputs, top_k)
-    elif gate == "UniformGate":
-        weights = torch.full((x.shape[0], len(experts)), 1.0 / len(experts), dtype=x.dtype)
-    elif gate in ("FixedGate", "TaskGate"):
-        assert fixed is not None
-        weights = torch.as_tensor(fixed, dtype=x.dtype).expand(x.shape[0], len(experts))
-    else:
-        raise ValueError(gate)
-    rotates = gate in ("RadarGate", "RotationGate")
-    P, Q = (state["gate.rotation.P"], state["gate.rotation.Q"]) if rotates else (None, None)
+    weights, logits, chosen = WEIGHTS[gate](x, outputs, experts, state, **options)
+    P, Q = state.get("gate.rotation.P"), state.get("gate.rotation.Q")
     mixed, angles = mixture(outputs, weights, P, Q, angle_norm)
     output = x @ state["base_layer.weight"].T + mixed
     if "base_layer.bias" in state:

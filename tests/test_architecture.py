@@ -13,7 +13,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
     0: {"ops", "losses"},
-    1: {"experts", "initialization", "precision", "rotation_function", "rotations", "trainable_experts", "gates"},
+    1: {
+        *("arguments", "experts", "initialization", "precision", "site", "trainable_experts"),
+        *("gates", "rotation_function", "rotations"),
+    },
     2: {"moe", "records"},
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),
@@ -25,6 +28,7 @@ LAYERS = {
             "new_experts",
             "label_logits",
             "gate_folder",
+            "class_specs",
             "expert_library",
         ),
     },

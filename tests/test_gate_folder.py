@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import GATES, SEQ2SEQ, batch_of, experts_folder, left_padded, model_folder, network_of, write_expert
 
-from radargate_pl import gate_folder
+from radargate_pl import class_specs, gate_folder
 from radargate_pl.gates import UniformGate
 from radargate_pl.networks import GatedNetwork
 
@@ -203,10 +203,10 @@ def test_a_strangers_class_runs_only_with_trust(tmp_path, monkeypatch):
     monkeypatch.setattr(StrangersGate, "__module__", "somebodys_gates")
     network = network_of("llama", StrangersGate)
     network.save_pretrained(tmp_path / "gate")
-    monkeypatch.setattr(gate_folder.importlib, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    monkeypatch.setattr(class_specs.importlib, "import_module", lambda name: pytest.fail(f"imported {name}"))
     with pytest.raises(ValueError, match=r"names somebodys_gates\.StrangersGate\. Pass trust_code=True"):
         load(tmp_path / "gate")
-    monkeypatch.setattr(gate_folder.importlib, "import_module", sys.modules.__getitem__)
+    monkeypatch.setattr(class_specs.importlib, "import_module", sys.modules.__getitem__)
     assert isinstance(next(iter(load(tmp_path / "gate", trust_code=True).layers.values())).gate, StrangersGate)
 
 

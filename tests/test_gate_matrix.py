@@ -12,8 +12,11 @@ from builders import IN, NEEDED, OUT, assert_near, experts_of, layer_of, randomi
 from gate_cases import COUNT
 from reference import Expert
 
+from radargate_pl.arguments import line_of, spec_of
+from radargate_pl.class_specs import factory_of
 from radargate_pl.gates import ALL_GATES, Context, FixedGate, RadarGate, RotationGate, Site, StretchGate, TaskGate
 from radargate_pl.moe import MoELinear
+from radargate_pl.rotations import Rotation
 
 
 def any_gate(gate: type, experts: Mapping[str, Expert], expert_ids: list[int], seed: int = 3) -> MoELinear:
@@ -73,8 +76,9 @@ def test_every_gate_prints_its_arguments(gate: type) -> None:
     arguments = layer.gate.arguments()
     line = layer.gate.line()
     assert line.startswith(f"{gate.__name__}(")
-    assert all(f"{name}={value}" in line for name, value in arguments.items())
-    rebuilt = gate(layer.gate.site, **arguments)
+    shown = {name: line_of(value) if isinstance(value, Rotation) else value for name, value in arguments.items()}
+    assert all(f"{name}={value}" in line for name, value in shown.items())
+    rebuilt = factory_of(spec_of(layer.gate))(layer.gate.site)
     assert rebuilt.line() == line
     if gate is RadarGate:
         assert arguments == {

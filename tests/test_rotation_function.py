@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import site_of
 
 from radargate_pl.ops import rotate
 from radargate_pl.rotation_function import RadarRotationFunction
@@ -10,7 +11,7 @@ from radargate_pl.rotations import RadarRotation
 
 def make(out_features, norm, shape=(2, 5)):
     torch.manual_seed(out_features)
-    rotation = RadarRotation(out_features, rank=3, norm=norm).double()
+    rotation = RadarRotation(site_of(out_features), rotation_rank=3, angle_norm=norm).double()
     torch.nn.init.normal_(rotation.Q)
     v = torch.randn(*shape, out_features, dtype=torch.float64, requires_grad=True)
     total = torch.randn(*shape, out_features, dtype=torch.float64, requires_grad=True)

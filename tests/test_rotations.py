@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import randomise
+from builders import randomise, site_of
 from reference import plane_angles, rotate_rows
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from radargate_pl.rotations import NoRotation, RadarRotation
 
 
 def rotation_of(width: int, norm: str, rank: int = 3, seed: int = 0) -> RadarRotation:
-    rotation = RadarRotation(width, rank=rank, norm=norm).double()
+    rotation = RadarRotation(site_of(width), rotation_rank=rank, angle_norm=norm).double()
     randomise(rotation, seed=seed)
     return rotation
 
@@ -58,7 +58,7 @@ def test_norms_are_kept(norm: str) -> None:
 @pytest.mark.parametrize("norm", ["none", "rms"])
 def test_a_fresh_rotation_turns_nothing_but_can_learn(norm: str) -> None:
     torch.manual_seed(0)
-    rotation = RadarRotation(10, rank=4, norm=norm)
+    rotation = RadarRotation(site_of(10), rotation_rank=4, angle_norm=norm)
     assert rotation.P.abs().max() <= 10**-0.5
     assert rotation.P.std() > 0.1
     v, total = (t.float() for t in vectors(10))
@@ -107,7 +107,7 @@ def test_rms_angles_do_not_depend_on_the_size_of_the_outputs_but_raw_ones_do() -
 
 def test_no_rotation_returns_its_input() -> None:
     v, total = vectors(6)
-    rotated, angles = NoRotation().outputs(v, total, 0)
+    rotated, angles = NoRotation(site_of(6)).outputs(v, total, 0)
     assert rotated is v
     assert angles is None
     assert not NoRotation.acts_on_outputs
@@ -116,17 +116,17 @@ def test_no_rotation_returns_its_input() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rank": 0}, r"rotation_rank to be at least 1, but got 0"),
-        ({"norm": "l2"}, r"angle_norm to be 'none' or 'rms', but got 'l2'"),
+        ({"rotation_rank": 0}, r"rotation_rank to be at least 1, but got 0"),
+        ({"angle_norm": "l2"}, r"angle_norm to be 'none' or 'rms', but got 'l2'"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RadarRotation(6, **arguments)
+        RadarRotation(site_of(6), **arguments)
 
 
 def test_shapes_of_the_angle_factors_with_an_odd_width() -> None:
-    rotation = RadarRotation(9, rank=2)
+    rotation = RadarRotation(site_of(9), rotation_rank=2)
     assert rotation.P.shape == (9, 2)
     assert rotation.Q.shape == (2, 4)
     assert {name for name, _ in rotation.named_parameters()} == {"P", "Q"}

@@ -1,36 +1,16 @@
 """What every gate is: the interface a layer talks to (layer 1)."""
 
-import inspect
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from radargate_pl.arguments import arguments_of, line_of
 from radargate_pl.experts import ExpertBank
 from radargate_pl.precision import Float32Module
 from radargate_pl.rotations import NoRotation, Rotation
-
-
-@dataclass(frozen=True)
-class Site:
-    """All a gate may know about its layer before weights exist.
-
-    Attributes:
-        path: module path of the layer inside the backbone.
-        in_features: width of the layer's input.
-        out_features: width of its output.
-        rank: largest rank of the experts there.
-        experts: names of the experts present there, in library order.
-        stream: whose tokens the layer's input holds, "decoder" or "encoder".
-    """
-
-    path: str
-    in_features: int
-    out_features: int
-    rank: int
-    experts: tuple[str, ...]
-    stream: str = "decoder"
+from radargate_pl.site import Site
 
 
 @dataclass
@@ -88,7 +68,7 @@ class Gate(Float32Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
-        self.rotation: Rotation = NoRotation()
+        self.rotation: Rotation = NoRotation(site)
 
     def bind(self, bank: ExpertBank) -> None:
         """Look at the experts once, when the gate is attached (for prototypes and the like)."""
@@ -113,9 +93,8 @@ class Gate(Float32Module):
 
     def arguments(self) -> dict[str, Any]:
         """Return every constructor argument but the site, by name."""
-        names = list(inspect.signature(type(self).__init__).parameters)[2:]
-        return {name: getattr(self, name) for name in names}
+        return arguments_of(self)
 
     def line(self) -> str:
         """Describe gate and rotation as built, in one line, e.g. ``RadarGate(top_k=2, scorer=x, ...)``."""
-        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self.arguments().items())})"
+        return line_of(self)

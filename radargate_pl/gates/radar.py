@@ -8,7 +8,6 @@ from radargate_pl.experts import ExpertBank
 from radargate_pl.gates.base import Context, Gate, Routing, Site
 from radargate_pl.gates.scorers import ScorerName
 from radargate_pl.gates.stretch import Renormalize, StretchGate, check_top_k
-from radargate_pl.initialization import generator_for
 from radargate_pl.ops import gate_dtype
 from radargate_pl.rotations import AngleNorm, RadarRotation
 
@@ -54,8 +53,7 @@ class RadarGate(StretchGate):
         self.rotation_rank = rotation_rank
         self.rotation_sharing = rotation_sharing
         self.angle_norm = angle_norm
-        generator = generator_for(site.path, "rotation")
-        self.rotation = RadarRotation(site.out_features, rotation_rank, angle_norm, generator)
+        self.rotation = RadarRotation(site, rotation_rank, angle_norm)
 
 
 class RotationGate(Gate):
@@ -92,8 +90,7 @@ class RotationGate(Gate):
         self.rotation_rank = rotation_rank
         self.rotation_sharing = rotation_sharing
         self.angle_norm = angle_norm
-        generator = generator_for(site.path, "rotation")
-        self.rotation = RadarRotation(site.out_features, rotation_rank, angle_norm, generator)
+        self.rotation = RadarRotation(site, rotation_rank, angle_norm)
 
     def bind(self, bank: ExpertBank) -> None:
         """Refuse a ``top_k`` above the number of experts in the library."""

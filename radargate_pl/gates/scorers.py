@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from radargate_pl.experts import ExpertBank
-from radargate_pl.gates.base import Site
 from radargate_pl.initialization import generator_for
 from radargate_pl.ops import gate_dtype
 from radargate_pl.precision import Float32Module
+from radargate_pl.site import Site
 
 ScorerName = Literal["x", "experts"]
 
@@ -27,6 +27,8 @@ class InputScorer(Float32Module):
 
     Source: arXiv 2505.23184, eq. 1.
     """
+
+    config_name = "x"
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -44,9 +46,10 @@ class ExpertsScorer(Float32Module):
         site: the layer.
 
     Source: arXiv 2505.23184, appendix B.2 (the normalisation is undefined there; parameter-free LayerNorm, eps 1e-8, is
-        our
-    reading) and MoLE, arXiv 2404.13628, eq. 9.
+        our reading) and MoLE, arXiv 2404.13628, eq. 9.
     """
+
+    config_name = "experts"
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -63,7 +66,7 @@ def build_scorer(name: ScorerName, site: Site) -> InputScorer | ExpertsScorer:
     Raises:
         ValueError: for an unknown name.
     """
-    scorers: dict[str, type[InputScorer | ExpertsScorer]] = {"x": InputScorer, "experts": ExpertsScorer}
+    scorers: dict[str, type[InputScorer | ExpertsScorer]] = {s.config_name: s for s in (InputScorer, ExpertsScorer)}
     if name not in scorers:
         raise ValueError(f"Expected scorer to be one of {sorted(scorers)}, but got {name!r}.")
     return scorers[name](site)

@@ -51,7 +51,6 @@ class StretchGate(Gate):
         self.temperature = temperature
         self.renormalize = renormalize
         self.scorer = build_scorer(scorer, site)
-        self._scorer_name = scorer
 
     def bind(self, bank: ExpertBank) -> None:
         """Refuse a ``top_k`` above the number of experts in the library."""
@@ -63,10 +62,6 @@ class StretchGate(Gate):
         renormalize = self.top_k > 1 if self.renormalize == "auto" else self.renormalize == "always"
         weights, indices = select_top_k(logits / self.temperature, self.top_k, renormalize=renormalize)
         return Routing(weights, indices, logits)
-
-    def arguments(self) -> dict[str, object]:
-        """Return every constructor argument but the site, by name."""
-        return super().arguments() | {"scorer": self._scorer_name}
 
 
 def check_top_k(top_k: int, bank: ExpertBank | None = None) -> None:
