@@ -151,7 +151,7 @@ def stretch_weights(
     """StretchGate and RadarGate: softmax, the k largest, renormalised or not."""
     theta = state["gate.scorer.weight"]
     logits = scores_of_input(x, theta) if scorer == "x" else scores_of_experts(outputs, theta)
-    return *softmax_top_k(logits, top_k, temperature, renormalize)[:1], logits, choose(logits, top_k)
+    return *softmax_top_k(logits, top_k, temperature, renormalize)[:1], logits / temperature, choose(logits, top_k)
 
 
 def norm_weights(

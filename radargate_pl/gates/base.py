@@ -44,7 +44,8 @@ class Routing(NamedTuple):
     Attributes:
         weights: factor of each kept expert, (..., K); 0 means not chosen. K = E when ``indices`` is ``None``.
         indices: local indices of the kept experts, (..., K) int64, or ``None`` for all in order.
-        logits: scores before selection, (..., E), or ``None`` for gates without scores.
+        logits: scores before selection, temperature applied: their softmax is what auxiliary losses call the gate's
+            probabilities, (..., E); ``None`` for gates without scores.
     """
 
     weights: Tensor

@@ -58,9 +58,9 @@ class StretchGate(Gate):
 
     def forward(self, x: Tensor, latents: Tensor, bank: ExpertBank, context: Context) -> Routing:
         """Score, select and weigh the experts; see `Gate.forward`."""
-        logits = self.scorer(x, latents, bank)
+        logits = self.scorer(x, latents, bank) / self.temperature
         renormalize = self.top_k > 1 if self.renormalize == "auto" else self.renormalize == "always"
-        weights, indices = select_top_k(logits / self.temperature, self.top_k, renormalize=renormalize)
+        weights, indices = select_top_k(logits, self.top_k, renormalize=renormalize)
         return Routing(weights, indices, logits)
 
 
