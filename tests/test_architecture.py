@@ -15,7 +15,7 @@ LAYERS = {
     0: {"ops", "losses"},
     1: {
         *("arguments", "experts", "initialization", "precision", "site", "trainable_experts"),
-        *("gates", "rotation_function", "rotations"),
+        *("gates", "prototypes", "rotation_function", "rotations"),
     },
     2: {"moe", "records"},
     3: {
