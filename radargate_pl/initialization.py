@@ -1,8 +1,10 @@
 """Random starts that depend on the run's seed and a name, not on what was drawn before (layer 1)."""
 
 import hashlib
+import math
 
 import torch
+from torch import nn
 
 
 def generator_for(*names: str) -> torch.Generator:
@@ -24,3 +26,9 @@ def generator_for(*names: str) -> torch.Generator:
     """
     text = "/".join((str(torch.initial_seed()), *names))
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
+
+
+def uniform_parameter(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> nn.Parameter:
+    """Return a float32 parameter drawn uniformly from +-1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))

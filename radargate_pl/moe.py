@@ -217,6 +217,7 @@ def attach(
         site = Site(path, bank.in_features, bank.out_features, bank.rank, bank.names, stream)
         layer_gate = gate(site)
         layer_gate.bind(bank)
+        layer_gate.rotation.bind(bank)
         layer = MoELinear(base_layer, bank, layer_gate, context, COMBINES[combine], dropout)
         layers[path] = layer.to(base_layer.weight.device)
     for path, layer in layers.items():

@@ -19,30 +19,49 @@ class RadarRotationFunction(torch.autograd.Function):
 
     The row factor ``c`` is applied behind P, where a row has ``rank`` numbers instead of ``out``. Inputs: v and S
     (..., out), P (out, rank), Q (rank, out // 2), all float32 or all float64, and whether angles are scale-free.
-    Outputs: the rotated v and the angles in radians, (..., out // 2), the latter without gradient.
+    Without Q (``None``) P is the whole angle matrix, (out, out // 2). With ``columns`` (..., rank), bool, each token
+    uses only its own columns of P and rows of Q: the factors of several experts side by side. With ``bound`` angles are
+    ``bound tanh(a / bound)``. Outputs: the rotated v and the angles in radians, (..., out // 2), the latter without
+    gradient.
 
     Source: arXiv 2505.23184, eq. 4-8, 17-18; gradient eq. 38-39.
     """
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, total: Tensor, P: Tensor, Q: Tensor, is_normed: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        v: Tensor,
+        total: Tensor,
+        P: Tensor,
+        Q: Tensor | None,
+        is_normed: bool,
+        columns: Tensor | None = None,
+        bound: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Rotate; keeps what the backward pass reads."""
         shape = v.shape
         tokens = math.prod(shape[:-1])
         v, total = v.reshape(tokens, shape[-1]), total.reshape(tokens, shape[-1])
         others = total - v
-        raw = _skinny(v * others, P)
+        raw = _skinny(v * others, P) if Q is not None else (v * others) @ P
+        if columns is not None:
+            columns = columns.reshape(tokens, -1)
+            raw = raw * columns
         inverse = [_inverse_rms(v), _inverse_rms(others)] if is_normed else []
         z = raw * (inverse[0] * inverse[1]) if is_normed else raw
-        angles = z @ Q
+        angles = z if Q is None else z @ Q
+        slope = None  # of the bound
+        if bound is not None:
+            share = (angles / bound).tanh()
+            angles, slope = bound * share, 1 - share.square()
         turn = torch.complex(angles.cos(), angles.sin())
-        ctx.save_for_backward(v, others, P, Q, raw, z, turn, *inverse)
-        angles = angles.view(*shape[:-1], Q.shape[1])
+        ctx.save_for_backward(v, others, P, Q, columns, slope, raw, z, turn, *inverse)
+        angles = angles.view(*shape[:-1], turn.shape[1])
         ctx.mark_non_differentiable(angles)
         return _turned(v, turn).view(shape), angles
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients of v, S, P and Q.
 
         Raises:
@@ -51,13 +70,17 @@ class RadarRotationFunction(torch.autograd.Function):
         """
         if torch.is_grad_enabled():
             raise RuntimeError("The rotation of RadarGate and RotationGate cannot be differentiated twice.")
-        v, others, P, Q, raw, z, turn, *inverse = ctx.saved_tensors
+        v, others, P, Q, columns, slope, raw, z, turn, *inverse = ctx.saved_tensors
         shape = grad.shape
         grad_v = _turned(grad.reshape(v.shape), turn.conj())
         # With G turned back to G', plane by plane: dL/da = v[2m] G'[2m+1] - v[2m+1] G'[2m].
         planes = turn.shape[-1]
         grad_angles = (_planes(v, planes).conj() * _planes(grad_v, planes)).imag.contiguous()
-        grad_z = _skinny(grad_angles, Q.mT)
+        if slope is not None:
+            grad_angles *= slope
+        grad_z, grad_Q = (grad_angles, None) if Q is None else (_skinny(grad_angles, Q.mT), z.mT @ grad_angles)
+        if columns is not None:
+            grad_z = grad_z * columns
         grad_raw = grad_z * (inverse[0] * inverse[1]) if inverse else grad_z
         grad_product = grad_raw @ P.mT  # of v * others
         grad_total = grad_product * v
@@ -70,7 +93,7 @@ class RadarRotationFunction(torch.autograd.Function):
             grad_total.addcmul_(pull * inverse_v * inverse_others**3, others)
         grad_v -= grad_total
         grad_P = (grad_raw.mT @ (v * others)).mT
-        return grad_v.view(shape), grad_total.view(shape), grad_P, z.mT @ grad_angles, None
+        return grad_v.view(shape), grad_total.view(shape), grad_P, grad_Q, None, None, None
 
 
 def _inverse_rms(v: Tensor) -> Tensor:

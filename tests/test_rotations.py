@@ -116,7 +116,7 @@ def test_no_rotation_returns_its_input() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rotation_rank": 0}, r"rotation_rank to be at least 1, but got 0"),
+        ({"rotation_rank": 0}, r"rotation_rank to be at least 1, or 'full', but got 0"),
         ({"angle_norm": "l2"}, r"angle_norm to be 'none' or 'rms', but got 'l2'"),
     ],
 )

@@ -53,7 +53,7 @@ class RadarGate(StretchGate):
         self.rotation_rank = rotation_rank
         self.rotation_sharing = rotation_sharing
         self.angle_norm = angle_norm
-        self.rotation = RadarRotation(site, rotation_rank, angle_norm)
+        self.rotation = RadarRotation(site, rotation_rank, rotation_sharing, angle_norm)
 
 
 class RotationGate(Gate):
@@ -90,7 +90,7 @@ class RotationGate(Gate):
         self.rotation_rank = rotation_rank
         self.rotation_sharing = rotation_sharing
         self.angle_norm = angle_norm
-        self.rotation = RadarRotation(site, rotation_rank, angle_norm)
+        self.rotation = RadarRotation(site, rotation_rank, rotation_sharing, angle_norm)
 
     def bind(self, bank: ExpertBank) -> None:
         """Refuse a ``top_k`` above the number of experts in the library."""

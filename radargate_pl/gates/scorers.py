@@ -1,14 +1,12 @@
 """Scorers: where a gate's logits come from (layer 1)."""
 
-import math
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from radargate_pl.experts import ExpertBank
-from radargate_pl.initialization import generator_for
+from radargate_pl.initialization import generator_for, uniform_parameter
 from radargate_pl.ops import gate_dtype
 from radargate_pl.precision import Float32Module
 from radargate_pl.site import Site
@@ -73,6 +71,4 @@ def build_scorer(name: ScorerName, site: Site) -> InputScorer | ExpertsScorer:
 
 
 def _uniform(site: Site, fan_in: int) -> nn.Parameter:
-    bound = 1 / math.sqrt(fan_in)
-    weight = torch.empty(len(site.experts), fan_in, dtype=torch.float32)
-    return nn.Parameter(weight.uniform_(-bound, bound, generator=generator_for(site.path, "scorer")))
+    return uniform_parameter((len(site.experts), fan_in), fan_in, generator_for(site.path, "scorer"))
