@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from radargate_pl.expert_shapes import check_experts
 from radargate_pl.ops import gate_dtype, one_hot_like, pack_latents
 from radargate_pl.precision import Float32Module
 
@@ -34,6 +35,7 @@ class ExpertBank(Float32Module):
         ids: their positions in the library.
         scaling: their scalings.
         ranks: their own ranks; ``rank`` is the largest.
+        domains: expert of the library to the embedding of its training data, (m,); ``None`` when nobody gave any.
 
     Raises:
         ValueError: when no expert is given, names differ between the arguments, or shapes do not fit together.
@@ -54,12 +56,13 @@ class ExpertBank(Float32Module):
     ) -> None:
         super().__init__()
         self.library = tuple(lora_A) if library is None else tuple(library)
-        _check_experts(lora_A, lora_B, scaling, self.library)
+        check_experts(lora_A, lora_B, scaling, self.library)
         self.names = tuple(name for name in self.library if name in lora_A)
         self.ids = tuple(self.library.index(name) for name in self.names)
         self.scaling = tuple(float(scaling[name]) for name in self.names)
         self.ranks = tuple(lora_A[name].shape[0] for name in self.names)
         self.rank = max(self.ranks)
+        self.domains: Mapping[str, Tensor] | None = None
         self.in_features = lora_A[self.names[0]].shape[1]
         self.out_features = lora_B[self.names[0]].shape[0]
         self._cache: dict[str, tuple[Tensor, int, Tensor]] = {}  # name -> (weights, their version, value)
@@ -184,23 +187,30 @@ class ExpertBank(Float32Module):
         positive = squared > 0  # the root has no finite gradient at zero
         return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
 
-    def gram(self, latents: Tensor, indices: Tensor | None = None) -> Tensor:
+    def gram(self, latents: Tensor, indices: Tensor | None = None, active: tuple[int, ...] | None = None) -> Tensor:
         """Compute inner products ``<v_a, v_b>`` of the chosen experts from the cross Gram of ``lora_B``.
 
         Args:
-            latents: (..., E, r).
-            indices: chosen experts, (..., K) int64; ``None`` means all.
+            latents: (..., E, r), or (..., len(active), r).
+            indices: chosen experts, (..., K) int64; ``None`` means all that the latents belong to.
+            active: local indices the latents belong to; ``None`` means all.
 
         Returns:
-            (..., K, K), float32.
+            (..., K, K), float32, or float64 for float64 latents.
         """
-        latents = latents.to(gate_dtype(latents.dtype)) * self._scaling_like(latents).unsqueeze(-1)
+        here = tuple(range(self.num_experts)) if active is None else active
+        latents = latents.to(gate_dtype(latents.dtype)) * self._scaling_like(latents)[list(here)].unsqueeze(-1)
         if indices is None:
-            indices = torch.arange(self.num_experts, device=latents.device).expand(latents.shape[:-1])
+            indices = torch.arange(len(here), device=latents.device).expand(latents.shape[:-1])
+        elif active is not None:
+            place = {index: position for position, index in enumerate(active)}
+            indices = torch.tensor([place.get(i, 0) for i in range(self.num_experts)], device=indices.device)[indices]
+        stacked = self._stacked_B(active).to(latents.dtype)
+        cross_gram = stacked.mT @ stacked
         rows = []
         for slot in indices.unbind(-1):
-            mask = one_hot_like(slot, self.num_experts, latents.dtype)
-            projected = (pack_latents(latents, mask) @ self._cross_gram()).unflatten(-1, latents.shape[-2:])
+            mask = one_hot_like(slot, len(here), latents.dtype)
+            projected = (pack_latents(latents, mask) @ cross_gram).unflatten(-1, latents.shape[-2:])
             rows.append((projected * latents).sum(-1).gather(-1, indices))
         return torch.stack(rows, dim=-2)
 
@@ -237,11 +247,6 @@ class ExpertBank(Float32Module):
         lora_B = self._scaled_B(gate_dtype(self._padded_pair(0)[1].dtype))
         return lora_B.mT @ lora_B
 
-    def _cross_gram(self) -> Tensor:
-        stacked = self._stacked_B(None)
-        wide = stacked.to(gate_dtype(stacked.dtype))
-        return wide.mT @ wide
-
     def _scaled_B(self, dtype: torch.dtype) -> Tensor:
         lora_B = torch.stack([self._padded_pair(i)[1] for i in range(self.num_experts)]).to(dtype)
         return lora_B * self._scaling_like(lora_B)[:, None, None]
@@ -264,24 +269,3 @@ class ExpertBank(Float32Module):
         """Summarise the bank for ``print(model)``."""
         sizes = f"rank={self.rank}, in={self.in_features}, out={self.out_features}"
         return f"experts={self.num_experts}, {sizes}, trainable={self.trainable}"
-
-
-def _check_experts(
-    lora_A: Mapping[str, Tensor], lora_B: Mapping[str, Tensor], scaling: Mapping[str, float], library: tuple[str, ...]
-) -> None:
-    if not lora_A or set(lora_A) != set(lora_B) or set(lora_A) != set(scaling) or not set(lora_A) <= set(library):
-        raise ValueError(
-            "Expected lora_A, lora_B and scaling to name the same experts, at least one, all of them in the library, "
-            f"but got lora_A={sorted(lora_A)}, lora_B={sorted(lora_B)}, scaling={sorted(scaling)}, "
-            f"library={sorted(library)}."
-        )
-    first = next(iter(lora_A))
-    width = (lora_A[first].shape[1], lora_B[first].shape[0])
-    for name in lora_A:
-        shapes = tuple(lora_A[name].shape), tuple(lora_B[name].shape)
-        rank = shapes[0][0]
-        if rank == 0 or shapes != ((rank, width[0]), (width[1], rank)):
-            raise ValueError(
-                f"Expected expert '{name}' to have lora_A (r, {width[0]}) and lora_B ({width[1]}, r) like expert "
-                f"'{first}', but got {shapes[0]} and {shapes[1]}."
-            )

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from radargate_pl.gates import Routing
-from radargate_pl.moe import MoELinear, kept_slots, moe_layers, rotated_slot
+from radargate_pl.mixture import kept_outputs, rotated_output
+from radargate_pl.moe import MoELinear, moe_layers
 from radargate_pl.ops import dense_weights, routing_entropy
+from radargate_pl.rotations import Rotation
 
 COSINE_TOKENS = 256  # pair cosines keep every slot's output at once: a sample of the batch bounds that memory
 
@@ -70,6 +72,8 @@ class GateOutput:
         tokens: real tokens, (examples, length) bool, or ``None`` when every position counts.
         angle_stats: sums over angles; ``None`` without a rotation of outputs.
         angles: (..., K, out // 2) in radians, only when asked for by name.
+        latents: latents of the evaluated experts before any rotation, (..., E, r), only when asked for.
+        inputs: input of the layer, (..., in), beside ``latents`` where the rotation of these needs it.
     """
 
     weights: Tensor
@@ -79,6 +83,8 @@ class GateOutput:
     tokens: Tensor | None = None
     angle_stats: AngleStatistics | None = None
     angles: Tensor | None = None
+    latents: Tensor | None = None
+    inputs: Tensor | None = None
 
     def detach(self) -> "GateOutput":
         """Return the same values without their graph."""
@@ -113,12 +119,16 @@ def token_mask(tokens: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor
 
 
 @contextmanager
-def record_gates(model: nn.Module, angles: Sequence[str] = ()) -> Iterator[dict[str, GateOutput]]:
+def record_gates(
+    model: nn.Module, angles: Sequence[str] = (), *, statistics: bool = True, latents: bool = False
+) -> Iterator[dict[str, GateOutput]]:
     """Collect every layer's `GateOutput` of the forward inside the block.
 
     Args:
         model: a model with mixture layers.
         angles: layer paths whose full angles are kept too.
+        statistics: whether angles are summed up; this rotates every kept expert once more.
+        latents: whether latents are kept, from which `kept_gram` computes inner products after the forward.
 
     Yields:
         Layer path to output, filled by the forward; a second forward replaces the first.
@@ -133,12 +143,15 @@ def record_gates(model: nn.Module, angles: Sequence[str] = ()) -> Iterator[dict[
     outputs: dict[str, GateOutput] = {}
     paths = {id(layer): path for path, layer in layers.items()}
 
-    def record(layer: MoELinear, x: Tensor, latents: Tensor, routing: Routing) -> None:
-        path = paths[id(layer)]
+    def record(layer: MoELinear, x: Tensor, h: Tensor, routing: Routing) -> None:
+        path, rotation = paths[id(layer)], layer.gate.rotation
         tokens = layer.context.tokens.get(layer.gate.site.stream)
         output = GateOutput(*routing, experts=layer.bank.names, tokens=tokens)
-        if layer.gate.rotation.acts_on_outputs:
-            output.angle_stats, output.angles = _observe(layer, latents, routing, tokens, path in angles)
+        if rotation.acts_on_outputs and (statistics or path in angles):
+            output.angle_stats, output.angles = _observe(layer, h, routing, tokens, path in angles)
+        if latents:
+            output.latents = h
+            output.inputs = None if type(rotation).latents is Rotation.latents else x
         outputs[path] = output
 
     previous = {path: layer.recorder for path, layer in layers.items()}
@@ -160,14 +173,15 @@ def _observe(
     mask = token_mask(tokens, latents.shape[:-2], stats.count).flatten()  # (T,)
     latents = latents.flatten(0, -3).to(routing.weights.dtype)  # as in `mix`
     indices = None if routing.indices is None else routing.indices.flatten(0, -2)
-    total = bank.total(latents)
+    flat = Routing(routing.weights.flatten(0, -2), indices, None)
+    total, _, outputs = kept_outputs(latents, flat, bank, layer.combine)
     kept, befores, afters, chosen = [], [], [], []
     sample = mask.nonzero().squeeze(-1)[:COSINE_TOKENS]
-    for index in kept_slots(Routing(routing.weights, indices, None), bank):
-        before, after, angles = rotated_slot(latents, total, index, bank, rotation)
+    for output in outputs:
+        before, after, angles = rotated_output(latents, total, output, bank, rotation)
         if angles is None:
             continue
-        expert = torch.as_tensor(index, device=latents.device).expand(mask.shape[0])
+        expert = torch.as_tensor(output.expert, device=latents.device).expand(mask.shape[0])
         _add_angles(stats, expert, angles, mask)
         befores.append(before[sample])
         afters.append(after[sample])

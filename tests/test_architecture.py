@@ -14,10 +14,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     0: {"ops", "losses"},
     1: {
-        *("arguments", "experts", "initialization", "precision", "site", "trainable_experts"),
-        *("gates", "prototypes", "rotation_function", "rotations"),
+        *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
+        *("gates", "prototypes", "rank_rotation", "rotation_function", "rotations"),
     },
-    2: {"moe", "records"},
+    2: {"combines", "mixture", "moe", "records"},
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),
         *("backbones", "smollm2", "debug_backbone", "hub", "folders", "fingerprints"),

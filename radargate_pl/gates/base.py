@@ -64,7 +64,12 @@ class Gate(Float32Module):
 
     Attributes:
         rotation: what is done to the kept experts' outputs before they are summed.
+        is_ragged: whether tokens may keep different numbers of experts.
+        takes_new_experts: whether an expert can join a fitted gate without training.
     """
+
+    is_ragged = False
+    takes_new_experts: bool = False
 
     def __init__(self, site: Site) -> None:
         super().__init__()
