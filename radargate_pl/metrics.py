@@ -147,3 +147,19 @@ def mean_over_tasks(results: dict[str, TaskScore]) -> TaskScore:
         exact_match=sum(score.exact_match for score in scores) / len(scores),
         n=sum(score.n for score in scores),
     )
+
+
+def named_scores(stage: str, results: dict[str, TaskScore]) -> dict[str, float]:
+    """Scores under the names they are logged by: ``<stage>/loss`` for the mean, ``<stage>/<task>/loss`` for each task.
+
+    Args:
+        stage: ``val`` or ``test``.
+        results: scores by task name; without any there is nothing to log.
+    """
+    if not results:
+        return {}
+    mean = mean_over_tasks(results)
+    values = {f"{stage}/loss": mean.loss, f"{stage}/exact_match": mean.exact_match}
+    for task, score in results.items():
+        values |= {f"{stage}/{task}/loss": score.loss, f"{stage}/{task}/exact_match": score.exact_match}
+    return values

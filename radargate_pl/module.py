@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from radargate_pl.auxiliary_terms import AuxiliaryTerms
 from radargate_pl.checkpoint import restore_network, store_network
 from radargate_pl.expert_gradients import AccumulatedExamples, clip_groups, expert_parameters, mean_gradients
 from radargate_pl.losses import example_mean_cross_entropy
-from radargate_pl.metrics import TaskScore, TaskScores, mean_over_tasks, score_examples
+from radargate_pl.metrics import TaskScore, TaskScores, named_scores, score_examples
 from radargate_pl.networks import GatedNetwork, LabelledLogits
-from radargate_pl.records import GateOutput, record_gates
 from radargate_pl.steps import CompletedStep, EvaluationOutput, Prediction, StepOutput
 
 # (stage, finished optimiser steps) -> whether that batch's gates are wanted; stages are train, val and test.
@@ -36,6 +35,9 @@ class AdaptedLM(LightningModule):
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes a learning rate schedule from the optimiser; it advances with every optimiser step.
         max_new_tokens: longest generated answer in ``predict`` and sample generations, in tokens.
+        auxiliary_losses: name to the factor with which it is added to the training loss: load_balancing, gshard,
+            mole_balance, z, orthogonality, variance_tokens, variance_experts. Every loss that is reported but for
+            ``train/aux/<name>`` (without the factor) is the task's alone.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class AdaptedLM(LightningModule):
         ),
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         max_new_tokens: int = 64,
+        auxiliary_losses: dict[str, float] = {},  # noqa: B006 (read only; jsonargparse shows it in --help)
     ) -> None:
         super().__init__()
         self.network_factory = network
@@ -53,9 +56,9 @@ class AdaptedLM(LightningModule):
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
         self.max_new_tokens = max_new_tokens
-        self.strict_loading = (
-            False  # restore_network compares the keys itself; Lightning's own loading finds nothing left to do
-        )
+        self.auxiliary_losses = AuxiliaryTerms(auxiliary_losses)
+        # restore_network compares the keys itself; Lightning's own loading finds nothing left to do
+        self.strict_loading = False
         self.task_names: tuple[str, ...] = ()
         self.task_results: dict[str, TaskScore] = {}
         self.completed_step: CompletedStep | None = None
@@ -81,7 +84,8 @@ class AdaptedLM(LightningModule):
         """Build the network from the data's tasks, once.
 
         Raises:
-            ValueError: if the trainer runs without a LightningDataModule that knows its tasks.
+            ValueError: if the trainer runs without a LightningDataModule that knows its tasks, or the gates that are to
+                train cannot give an auxiliary loss.
         """
         if self.network is not None:
             return
@@ -97,6 +101,8 @@ class AdaptedLM(LightningModule):
         self._expert_of_task = torch.tensor(ids, dtype=torch.int64)
         self.scores = TaskScores(len(self.task_names))
         self._accumulated = AccumulatedExamples(len(self.network.experts))
+        if self.trainer.state.fn == "fit":
+            self.auxiliary_losses.check(self.network)
 
     @property
     def _datamodule(self) -> Any:
@@ -128,33 +134,32 @@ class AdaptedLM(LightningModule):
             stage: ``train``, ``val`` or ``test``.
 
         Returns:
-            The logits and the loss with their graph; the gates without.
+            The logits, the loss and, in training, the auxiliary losses with their graph; the gates without.
         """
         network = self.built_network
         is_wanted = any(wants(stage, self.trainer.global_step) for wants in self._gate_requests)
-        recording: AbstractContextManager[dict[str, GateOutput]] = (
-            record_gates(network.backbone) if is_wanted else nullcontext({})
-        )
-        with recording as outputs:
+        terms = self.auxiliary_losses if stage == "train" else AuxiliaryTerms({})
+        with terms.recording(network, is_wanted) as outputs:
             labelled: LabelledLogits = network(
                 batch["input_ids"], batch["attention_mask"], batch["labels"], expert=self.expert_ids(batch["task"])
             )
         loss = example_mean_cross_entropy(*labelled, len(batch["task"]))
         # Lightning passes step outputs on to callbacks as they are, graph included.
         gates = {path: output.detach() for path, output in outputs.items()} if is_wanted else None
-        return StepOutput(labelled, loss, gates)
+        return StepOutput(labelled, loss, gates, terms.values(network, outputs))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """One micro-batch.
 
         Returns:
-            ``loss``: weighted by its number of examples (by 1 for a full batch), which makes accumulation exact;
-                ``gates``.
+            ``loss``: the task's and the auxiliary ones, weighted by the number of examples (by 1 for a full batch),
+                which makes accumulation exact; ``gates``.
         """
         self.completed_step = None  # until configure_gradient_clipping says that this batch completes one
-        _, loss, gates = self.model_step(batch, "train")
+        _, loss, gates, auxiliary = self.model_step(batch, "train")
         num_examples = len(batch["task"])
         self._accumulated.add(loss, num_examples, self.expert_ids(batch["task"]))
+        loss = loss + self.auxiliary_losses.add(auxiliary, num_examples)
         return {"loss": loss * (num_examples / self._full_batch), "gates": gates}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> EvaluationOutput:
@@ -189,10 +194,10 @@ class AdaptedLM(LightningModule):
         return [text.strip() for text in network.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def _score(self, batch: dict[str, Any], stage: str) -> EvaluationOutput:
-        labelled, _, gates = self.model_step(batch, stage)
-        scores = score_examples(*labelled, len(batch["task"]))
+        step = self.model_step(batch, stage)
+        scores = score_examples(*step.labelled, len(batch["task"]))
         self.scores.update(scores, batch["task"])
-        return EvaluationOutput(gates=gates, scores=scores)
+        return EvaluationOutput(gates=step.gates, scores=scores)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of every task and their plain mean."""
@@ -205,12 +210,7 @@ class AdaptedLM(LightningModule):
     def _finish_scores(self, stage: str) -> None:
         self.task_results = self.scores.results(self.task_names)
         self.scores.reset()
-        if not self.task_results:
-            return
-        mean = mean_over_tasks(self.task_results)
-        values = {f"{stage}/loss": mean.loss, f"{stage}/exact_match": mean.exact_match}
-        for task, score in self.task_results.items():
-            values |= {f"{stage}/{task}/loss": score.loss, f"{stage}/{task}/exact_match": score.exact_match}
+        values = named_scores(stage, self.task_results)
         # Already equal on every rank: averaging equal values changes nothing and keeps Lightning from warning.
         self.log_dict({name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()}, sync_dist=True)
 
@@ -248,6 +248,7 @@ class AdaptedLM(LightningModule):
         # size makes the returned loss the plain mean.
         self._full_batch = int(getattr(self._datamodule, "batch_size", 1))
         self._accumulated.reset()
+        self.auxiliary_losses.reset()
         self._experts_alone = expert_parameters(self.built_network, self.built_network.experts)
 
     def configure_gradient_clipping(
@@ -282,6 +283,7 @@ class AdaptedLM(LightningModule):
         if done is None:
             return
         self.log("train/loss", done.loss, prog_bar=True, batch_size=1)
+        self.log_dict({f"train/aux/{name}": v for name, v in self.auxiliary_losses.finish().items()}, batch_size=1)
         self.log("train/lr", torch.tensor(done.learning_rate, dtype=torch.float64), prog_bar=True, batch_size=1)
         if done.step == self.trainer.max_steps:
             # Lightning ends a run at max_steps without validating, unless an interval happens to fall there; asked to

@@ -17,11 +17,13 @@ class StepOutput(NamedTuple):
         labelled: logits at the labelled positions.
         loss: mean over the batch's examples, in nats, scalar.
         gates: layer path -> what its gate did, without the graph; ``None`` when nobody asked.
+        auxiliary: name of each auxiliary loss -> its value with the graph, without its factor; training only.
     """
 
     labelled: LabelledLogits
     loss: Tensor
     gates: dict[str, GateOutput] | None
+    auxiliary: dict[str, Tensor]
 
 
 class EvaluationOutput(TypedDict):

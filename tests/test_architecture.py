@@ -12,12 +12,12 @@ PACKAGE = ROOT / "radargate_pl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"ops", "losses"},
+    0: {"ops", "losses", "auxiliary_losses"},
     1: {
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
         *("gates", "prototypes", "rank_rotation", "rotation_function", "rotations"),
     },
-    2: {"combines", "mixture", "moe", "records"},
+    2: {"combines", "kept_grams", "mixture", "moe", "records"},
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),
         *("backbones", "smollm2", "debug_backbone", "hub", "folders", "fingerprints"),
@@ -33,7 +33,7 @@ LAYERS = {
         ),
     },
     4: {"data"},
-    5: {"module", "steps", "metrics", "checkpoint", "expert_gradients", "provenance", "callbacks"},
+    5: {"module", "auxiliary_terms", "steps", "metrics", "checkpoint", "expert_gradients", "provenance", "callbacks"},
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors"),
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
