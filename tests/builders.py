@@ -81,6 +81,7 @@ def layer_of(
     context: Context | None = None,
     bias: bool = True,
     trainable: bool = False,
+    combine: str = "sum",
     seed: int = 7,
 ) -> MoELinear:
     """A MoELinear around a random frozen linear, in the experts' dtype."""
@@ -88,7 +89,9 @@ def layer_of(
     first = next(iter(experts.values()))
     model = OneLinear(first.lora_A.shape[1], first.lora_B.shape[0], first.lora_A.dtype, bias).requires_grad_(False)
     bank = bank_of(experts, library=library, trainable=trainable)
-    layers = attach(model, {"layer": bank}, gate, context=context if context is not None else Context())
+    layers = attach(
+        model, {"layer": bank}, gate, context=context if context is not None else Context(), combine=combine
+    )
     return layers["layer"]
 
 

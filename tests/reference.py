@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from reference_combines import gram_schmidt, separate_sum
 from torch import Tensor
 
 NORM_EPSILON = 1e-8  # of angle_norm rms and of the LayerNorm over the concatenated expert outputs
@@ -192,6 +193,7 @@ def dense_layer(
     state: Mapping[str, Tensor],
     *,
     gate: str,
+    combine: str = "sum",
     angle_norm: str = "rms",
     **options: object,
 ) -> Dense:
@@ -199,7 +201,13 @@ def dense_layer(
     outputs = expert_outputs(x, experts)
     weights, logits, chosen = WEIGHTS[gate](x, outputs, experts, state, **options)
     P, Q = state.get("gate.rotation.P"), state.get("gate.rotation.Q")
-    mixed, angles = mixture(outputs, weights, P, Q, angle_norm)
+    if combine.startswith("gram_schmidt"):
+        kept = [(row != 0).nonzero().flatten().tolist() for row in weights]
+        outputs = gram_schmidt(outputs, kept, unit=combine.endswith("unit"))
+    if combine == "separate":
+        mixed, angles = separate_sum(x, experts, weights), None
+    else:
+        mixed, angles = mixture(outputs, weights, P, Q, angle_norm)
     output = x @ state["base_layer.weight"].T + mixed
     if "base_layer.bias" in state:
         output = output + state["base_layer.bias"]

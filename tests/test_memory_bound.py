@@ -20,7 +20,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from radargate_pl.gates import Context, FixedGate, RadarGate, RotationGate, StretchGate, TaskGate, UniformGate
+from radargate_pl.gates import (
+    Context,
+    FixedGate,
+    RadarGate,
+    RotationGate,
+    RotMoLEGate,
+    StretchGate,
+    TaskGate,
+    UniformGate,
+)
 from radargate_pl.moe import MoELinear
 
 EXPERTS, RANK, IN, OUT = 41, 3, 47, 53
@@ -35,6 +44,9 @@ GATES = [
     ),
     *(partial(StretchGate, top_k=k, scorer=s, renormalize="never") for k in (2, EXPERTS) for s in ("x", "experts")),
     *(partial(RotationGate, top_k=k) for k in (2, EXPERTS)),
+    *(partial(RadarGate, top_k=k, rotation_sharing="per_expert", rotation_rank=2) for k in (2, EXPERTS)),
+    partial(RadarGate, rotation_rank="full", angle_bound=1.0, temperature="learned", output_scale="learned"),
+    *(partial(RotMoLEGate, top_k=k, rotation_rank=r) for k, r in ((2, None), (EXPERTS, 2))),
     UniformGate,
     partial(FixedGate, weights={f"e{i}": 1.0 / (i + 1) for i in range(0, EXPERTS, 3)}),
     TaskGate,
@@ -92,12 +104,17 @@ def saved_tensors(*excluded: Tensor) -> Iterator[dict[tuple[int, int], int]]:
 
 
 def build(
-    gate: Any, *, equal_scaling: bool = False, dtype: torch.dtype = torch.float32, trainable: bool = False
+    gate: Any,
+    *,
+    equal_scaling: bool = False,
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = False,
+    combine: str = "sum",
 ) -> MoELinear:
     scalings = (2.0,) if equal_scaling else (2.0, 1.0, 3.27)
     experts = experts_of(EXPERTS, in_features=IN, out_features=OUT, ranks=(RANK,), scalings=scalings, dtype=dtype)
     context = Context()
-    layer = layer_of(experts, gate, context=context, trainable=trainable)
+    layer = layer_of(experts, gate, context=context, trainable=trainable, combine=combine)
     context.replace(expert=torch.arange(TOKENS) % (EXPERTS + 1) - 1)
     randomise(layer.gate)
     return layer
@@ -119,6 +136,31 @@ def test_no_tensor_of_forward_or_backward_is_wider_than_the_bound(gate: Any, equ
     assert counter.widest >= TOKENS * OUT  # it did see the layer
     assert counter.widest <= TOKENS * WIDEST, f"{counter.widest / TOKENS:.1f} per token: {counter.operation}"
     assert x.grad is not None
+
+
+COMBINED = [
+    (StretchGate, 2, "gram_schmidt"),
+    (StretchGate, EXPERTS, "gram_schmidt_unit"),
+    (RadarGate, 2, "gram_schmidt"),
+    *((StretchGate, k, "separate") for k in (2, EXPERTS)),
+]
+
+
+@pytest.mark.parametrize(("gate", "top_k", "combine"), COMBINED)
+def test_the_bounds_hold_however_outputs_are_combined(gate: type, top_k: int, combine: str) -> None:
+    layer = build(partial(gate, top_k=top_k), combine=combine)
+    x = torch.randn(TOKENS, 1, IN, requires_grad=True)
+    with TensorCounter() as counter:
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+    assert counter.widest <= TOKENS * WIDEST, f"{counter.widest / TOKENS:.1f} per token: {counter.operation}"
+    parameters = list(layer.parameters())
+    del y
+    with TensorCounter() as counter:
+        y = layer(x)
+    outlives = counter.alive(y, *parameters) + x.numel()
+    bound = TOKENS * (EXPERTS * RANK + 4 * top_k * OUT)
+    assert outlives <= bound, f"{outlives / TOKENS:.1f} per token, bound {bound / TOKENS}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
