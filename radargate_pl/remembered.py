@@ -1,0 +1,42 @@
+"""A value computed from weights, kept until any of them changes (layer 0)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Remembered:
+    """Remembers one tensor together with the weights, and their versions, that it was computed from.
+
+    A weight that was written to (an optimiser step, a load), replaced or moved is noticed. Nothing is remembered of
+    weights made in inference mode, where writes are not counted.
+    """
+
+    def __init__(self) -> None:
+        self._weights: list[tuple[Tensor, int]] = []
+        self._value: Tensor | None = None
+
+    def get(self, weights: Sequence[Tensor], build: Callable[[], Tensor]) -> Tensor:
+        """Return what ``build`` made of these weights, built again only if one of them changed since.
+
+        Args:
+            weights: everything ``build`` reads.
+            build: called without gradients.
+        """
+        if any(weight.is_inference() for weight in weights):
+            return build()
+        known = len(weights) == len(self._weights) and all(
+            weight is before and weight._version == version
+            for weight, (before, version) in zip(weights, self._weights, strict=True)
+        )
+        if self._value is None or not known:
+            # Lightning validates in inference mode: a tensor made there could not be trained through afterwards.
+            with torch.inference_mode(False), torch.no_grad():
+                self._value = build()
+            self._weights = [(weight, weight._version) for weight in weights]
+        return self._value
+
+    def forget(self) -> None:
+        """Drop the value; for changes that leave no trace in a version, such as `nn.Module.to`."""
+        self._weights, self._value = [], None
