@@ -10,6 +10,7 @@ import yaml
 from radargate_pl.cli import main
 from radargate_pl.gates import ALL_GATES, Site
 from radargate_pl.gates.base import NoRotation
+from radargate_pl.rank_rotation import RankRotation
 from radargate_pl.rotations import RadarRotation
 
 ROOT = Path(__file__).parent.parent
@@ -18,16 +19,14 @@ OVERRIDES = {name for name in CONFIGS if name.split("/")[0] in ("gates", "traine
 BASES = sorted(CONFIGS.keys() - OVERRIDES)
 
 # Class and rotation of each override, with its line: every argument it does not name is the class's own default.
-RADAR = "scorer=x, temperature=1.0, renormalize=auto, rotation_rank=8, rotation_sharing=shared"
+SOFTMAX = "top_k=2, scorer=x, temperature=1.0, renormalize=auto, output_scale=1.0"
+ANGLES = "rotation_rank=8, rotation_sharing=shared, angle_norm={}, angle_bound=None"
 GATES = {
-    "radargate": ("RadarGate", RadarRotation, f"RadarGate(top_k=2, {RADAR}, angle_norm=rms)"),
-    "radargate_paper": ("RadarGate", RadarRotation, f"RadarGate(top_k=2, {RADAR}, angle_norm=none)"),
-    "rotation": (
-        "RotationGate",
-        RadarRotation,
-        "RotationGate(top_k=2, rotation_rank=8, rotation_sharing=shared, angle_norm=rms)",
-    ),
-    "stretch": ("StretchGate", NoRotation, "StretchGate(top_k=2, scorer=x, temperature=1.0, renormalize=auto)"),
+    "radargate": ("RadarGate", RadarRotation, f"RadarGate({SOFTMAX}, {ANGLES.format('rms')})"),
+    "radargate_paper": ("RadarGate", RadarRotation, f"RadarGate({SOFTMAX}, {ANGLES.format('none')})"),
+    "rotation": ("RotationGate", RadarRotation, f"RotationGate(top_k=2, {ANGLES.format('rms')})"),
+    "rotmole": ("RotMoLEGate", RankRotation, f"RotMoLEGate({SOFTMAX}, rotation_rank=None)"),
+    "stretch": ("StretchGate", NoRotation, f"StretchGate({SOFTMAX})"),
     "task": ("TaskGate", NoRotation, "TaskGate()"),
     "uniform": ("UniformGate", NoRotation, "UniformGate()"),
 }
@@ -62,7 +61,7 @@ def assert_gate(gate, override):
 
 
 def test_number_of_configs():
-    assert len(CONFIGS) == 12
+    assert len(CONFIGS) == 13
     assert len(BASES) == 5
     assert {f"gates/{name}.yaml" for name in GATES} == {name for name in CONFIGS if name.startswith("gates/")}
 

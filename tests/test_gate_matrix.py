@@ -14,7 +14,17 @@ from reference import Expert
 
 from radargate_pl.arguments import line_of, spec_of
 from radargate_pl.class_specs import factory_of
-from radargate_pl.gates import ALL_GATES, Context, FixedGate, RadarGate, RotationGate, Site, StretchGate, TaskGate
+from radargate_pl.gates import (
+    ALL_GATES,
+    Context,
+    FixedGate,
+    RadarGate,
+    RotationGate,
+    RotMoLEGate,
+    Site,
+    StretchGate,
+    TaskGate,
+)
 from radargate_pl.moe import MoELinear
 from radargate_pl.rotations import Rotation
 
@@ -61,6 +71,7 @@ def test_every_gates_state_is_what_the_format_says_and_loads_back(gate: type) ->
     keys = {
         RadarGate: rotation | {"gate.scorer.weight"},
         RotationGate: rotation,
+        RotMoLEGate: {"gate.scorer.weight", "gate.rotation.weight"},
         StretchGate: {"gate.scorer.weight"},
     }.get(gate, set())
     assert {key for key in first.state_dict() if key.startswith("gate.")} == keys
@@ -86,15 +97,17 @@ def test_every_gate_prints_its_arguments(gate: type) -> None:
             "scorer": "x",
             "temperature": 1.0,
             "renormalize": "auto",
+            "output_scale": 1.0,
             "rotation_rank": 8,
             "rotation_sharing": "shared",
             "angle_norm": "rms",
+            "angle_bound": None,
         }
     if gate is StretchGate:
         assert "rotation" not in line
 
 
-@pytest.mark.parametrize("gate", [StretchGate, RadarGate, RotationGate])
+@pytest.mark.parametrize("gate", [StretchGate, RadarGate, RotationGate, RotMoLEGate])
 def test_every_gate_parameter_learns_from_the_published_start(gate: type) -> None:
     torch.manual_seed(0)
     layer = layer_of(experts_of(3, dtype=torch.float32), gate)
@@ -186,9 +199,8 @@ def test_task_gate_without_ids_or_with_rows_that_do_not_fit_says_so() -> None:
         (partial(RadarGate, renormalize="sometimes"), "renormalize to be .* but got 'sometimes'"),
         (partial(RadarGate, scorer="y"), "scorer to be one of .* but got 'y'"),
         (partial(RadarGate, angle_norm="l2"), "angle_norm to be .* but got 'l2'"),
-        (partial(RadarGate, rotation_rank=0), "rotation_rank to be at least 1, but got 0"),
-        (partial(RadarGate, rotation_sharing="per_expert"), "rotation_sharing to be 'shared', but got 'per_expert'"),
-        (partial(RotationGate, rotation_sharing="x"), "rotation_sharing to be 'shared', but got 'x'"),
+        (partial(RadarGate, rotation_rank=0), "rotation_rank to be at least 1, or 'full', but got 0"),
+        (partial(RotMoLEGate, rotation_rank=0), "rotation_rank to be at least 1, or null .* but got 0"),
         (partial(FixedGate, weights={}), "weights to name at least one expert"),
         (partial(FixedGate, weights={"e0": 1.0, "e9": 1.0}), r"weights to name experts of .* but got \['e9'\]"),
     ],

@@ -1,40 +1,40 @@
 """RadarGate and its rotation-only half (layer 1)."""
 
-from typing import Literal
-
 from torch import Tensor
 
 from radargate_pl.experts import ExpertBank
 from radargate_pl.gates.base import Context, Gate, Routing, Site
 from radargate_pl.gates.scorers import ScorerName
-from radargate_pl.gates.stretch import Renormalize, StretchGate, check_top_k
+from radargate_pl.gates.stretch import LearnedOrFixed, Renormalize, StretchGate, check_top_k
 from radargate_pl.ops import gate_dtype
-from radargate_pl.rotations import AngleNorm, RadarRotation
-
-RotationSharing = Literal["shared"]
+from radargate_pl.rotations import AngleNorm, RadarRotation, RotationRank, RotationSharing
 
 
 class RadarGate(StretchGate):
     """Rotate each kept expert by angles learned from its interaction with the others, then stretch it by its weight.
 
     ``y = x W + sum_i g_i rotate(v_i, a_i)``, ``a_i = ((v_i * (S - v_i)) P) Q``. Trains the scorer, P and Q; Q starts at
-    zero, where this gate is exactly StretchGate.
+    zero, where this gate is exactly StretchGate. A rotation keeps norms: the update is no longer than the longest kept
+    output unless ``output_scale`` lets it be.
 
     Args:
         site: the layer (given by the network, never in a config).
         top_k: experts kept and rotated per token.
         scorer: "x" or "experts"; see StretchGate.
-        temperature: divides the logits.
+        temperature: divides the logits; "learned" trains it; see StretchGate.
         renormalize: "auto", "always" or "never"; see StretchGate.
-        rotation_rank: rank of the angle matrix theta_r = P Q.
-        rotation_sharing: "shared": one P and Q per layer for all experts.
+        output_scale: factor of the kept weights; "learned" trains it; see StretchGate.
+        rotation_rank: rank of the angle matrix theta_r = P Q; "full" trains theta_r itself.
+        rotation_sharing: "shared": one P and Q per layer for all experts; "per_expert": a pair for each.
         angle_norm: "rms" makes angles independent of the size of the expert outputs; "none" is the paper's form, whose
             angles are quadratic in outputs that are small in practice, so that it hardly rotates.
+        angle_bound: largest angle in radians, ``bound tanh(a / bound)``; ``None`` for no bound.
 
     Raises:
         ValueError: for values out of range and unknown names.
 
-    Source: arXiv 2505.23184, eq. 4-8 and 13-20; low-rank form section 4.3; ``angle_norm: rms`` is ours.
+    Source: arXiv 2505.23184, eq. 4-8 and 13-20; low-rank form section 4.3; the paper derives ``shared`` (eq. 39) and
+        counts ``per_expert`` (C.4); ``angle_norm: rms``, ``angle_bound`` and ``output_scale`` are ours.
     """
 
     def __init__(
@@ -42,18 +42,20 @@ class RadarGate(StretchGate):
         site: Site,
         top_k: int = 2,
         scorer: ScorerName = "x",
-        temperature: float = 1.0,
+        temperature: LearnedOrFixed = 1.0,
         renormalize: Renormalize = "auto",
-        rotation_rank: int = 8,
+        output_scale: LearnedOrFixed = 1.0,
+        rotation_rank: RotationRank = 8,
         rotation_sharing: RotationSharing = "shared",
         angle_norm: AngleNorm = "rms",
+        angle_bound: float | None = None,
     ) -> None:
-        super().__init__(site, top_k, scorer, temperature, renormalize)
-        check_rotation_sharing(rotation_sharing)
+        super().__init__(site, top_k, scorer, temperature, renormalize, output_scale)
         self.rotation_rank = rotation_rank
         self.rotation_sharing = rotation_sharing
         self.angle_norm = angle_norm
-        self.rotation = RadarRotation(site, rotation_rank, rotation_sharing, angle_norm)
+        self.angle_bound = angle_bound
+        self.rotation = RadarRotation(site, rotation_rank, rotation_sharing, angle_norm, angle_bound)
 
 
 class RotationGate(Gate):
@@ -65,9 +67,10 @@ class RotationGate(Gate):
     Args:
         site: the layer (given by the network, never in a config).
         top_k: experts kept and rotated per token.
-        rotation_rank: rank of the angle matrix theta_r = P Q.
-        rotation_sharing: "shared": one P and Q per layer for all experts.
+        rotation_rank: rank of the angle matrix theta_r = P Q, or "full"; see RadarGate.
+        rotation_sharing: "shared" or "per_expert"; see RadarGate.
         angle_norm: "rms" or "none"; see RadarGate.
+        angle_bound: largest angle in radians, or ``None``.
 
     Raises:
         ValueError: for values out of range and unknown names.
@@ -79,18 +82,19 @@ class RotationGate(Gate):
         self,
         site: Site,
         top_k: int = 2,
-        rotation_rank: int = 8,
+        rotation_rank: RotationRank = 8,
         rotation_sharing: RotationSharing = "shared",
         angle_norm: AngleNorm = "rms",
+        angle_bound: float | None = None,
     ) -> None:
         super().__init__(site)
         check_top_k(top_k)
-        check_rotation_sharing(rotation_sharing)
         self.top_k = top_k
         self.rotation_rank = rotation_rank
         self.rotation_sharing = rotation_sharing
         self.angle_norm = angle_norm
-        self.rotation = RadarRotation(site, rotation_rank, rotation_sharing, angle_norm)
+        self.angle_bound = angle_bound
+        self.rotation = RadarRotation(site, rotation_rank, rotation_sharing, angle_norm, angle_bound)
 
     def bind(self, bank: ExpertBank) -> None:
         """Refuse a ``top_k`` above the number of experts in the library."""
@@ -105,13 +109,3 @@ class RotationGate(Gate):
             return Routing(weights, None, None)
         indices = norms.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
         return Routing(weights, indices, None)
-
-
-def check_rotation_sharing(rotation_sharing: str) -> None:
-    """Refuse any sharing of P and Q other than one pair per layer.
-
-    Raises:
-        ValueError: naming the value.
-    """
-    if rotation_sharing != "shared":
-        raise ValueError(f"Expected rotation_sharing to be 'shared', but got {rotation_sharing!r}.")
