@@ -39,20 +39,23 @@ def _write_expert(network: "GatedNetwork", name: str, folder: Path) -> str:
     lora_A: dict[str, Tensor] = {}
     lora_B: dict[str, Tensor] = {}
     alpha: dict[str, float] = {}
+    new = network.new_experts
+    uses_rslora = new is not None and new.use_rslora
+    targets = new.target_modules if new is not None and isinstance(new.target_modules, list) else None
     for path, layer in network.layers.items():
         if name in layer.bank.names:
             weights = layer.bank.expert_weights(name)
             lora_A[path], lora_B[path] = (weight.detach().cpu().contiguous() for weight in weights)
             rank, scaling = lora_A[path].shape[0], layer.bank.scaling[layer.bank.names.index(name)]
-            alpha[path] = scaling * (math.sqrt(rank) if network.uses_rslora else rank)
+            alpha[path] = scaling * (math.sqrt(rank) if uses_rslora else rank)
     return save_adapter(
         folder,
         lora_A,
         lora_B,
         alpha=alpha,
         rank=Counter(weight.shape[0] for weight in lora_A.values()).most_common(1)[0][0],
-        use_rslora=network.uses_rslora,
-        target_modules=network.target_modules or sorted(lora_A),
+        use_rslora=uses_rslora,
+        target_modules=targets or sorted(lora_A),
         backbone=network.backbone_source,
         backbone_fingerprint=network.fingerprints["backbone"],
         task_type=task_type,

@@ -35,6 +35,7 @@ class ExpertBank(Float32Module):
         ids: their positions in the library.
         scaling: their scalings.
         ranks: their own ranks; ``rank`` is the largest.
+        shares_A: whether several experts have one A (HydraLoRA).
         domains: expert of the library to the embedding of its training data, (m,); ``None`` when nobody gave any.
 
     Raises:
@@ -65,11 +66,12 @@ class ExpertBank(Float32Module):
         self.domains: Mapping[str, Tensor] | None = None
         self.in_features = lora_A[self.names[0]].shape[1]
         self.out_features = lora_B[self.names[0]].shape[0]
+        self.shares_A = len(self.names) > 1 and len({id(lora_A[name]) for name in self.names}) == 1
         self._cache: dict[str, tuple[Tensor, int, Tensor]] = {}  # name -> (weights, their version, value)
         self._store([lora_A[name] for name in self.names], [lora_B[name] for name in self.names])
 
     def _store(self, lora_A: list[Tensor], lora_B: list[Tensor]) -> None:
-        stacked_A = torch.stack([self._pad(weight, 0) for weight in lora_A])
+        stacked_A = torch.stack([self._pad(weight, 0) for weight in (lora_A[:1] if self.shares_A else lora_A)])
         # Stored (out, E, r) behind an (E, out, r) shape: the stacked matrix of every GEMM below is then a view.
         stacked_B = torch.stack([self._pad(weight, 1) for weight in lora_B], dim=1).transpose(0, 1)
         self.lora_A = nn.Parameter(stacked_A, requires_grad=False)
@@ -79,13 +81,14 @@ class ExpertBank(Float32Module):
         """Return A (r_i, in) and B (out, r_i) of one expert without padding, as live tensors."""
         index = self.names.index(name)
         rank = self.ranks[index]
-        return self.lora_A[index, :rank], self.lora_B[index, :, :rank]
+        return self.lora_A[0 if self.shares_A else index, :rank], self.lora_B[index, :, :rank]
 
-    def _padded_pair(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.lora_A[index], self.lora_B[index]
+    def _padded_B(self, index: int) -> Tensor:
+        return self.lora_B[index]
 
-    def _stacked_A(self, active: tuple[int, ...] | None) -> Tensor:  # (E * r, in)
-        return self.lora_A.flatten(0, 1) if active is None else self.lora_A[list(active)].flatten(0, 1)
+    def _stacked_A(self, active: tuple[int, ...] | None) -> Tensor:  # (E * r, in), or (r, in) where A is shared
+        everything = active is None or self.shares_A
+        return self.lora_A.flatten(0, 1) if everything else self.lora_A[list(active or ())].flatten(0, 1)
 
     def _stacked_B(self, active: tuple[int, ...] | None) -> Tensor:  # (out, E * r)
         lora_B = self.lora_B.transpose(0, 1)
@@ -122,8 +125,9 @@ class ExpertBank(Float32Module):
             (..., E, r) (or (..., len(active), r)) in the experts' dtype; without the scaling.
         """
         stacked = self._stacked_A(active)
-        latents = F.linear(x.to(stacked.dtype), stacked)
-        return latents.unflatten(-1, (-1, self.rank))
+        latents = F.linear(x.to(stacked.dtype), stacked).unflatten(-1, (-1, self.rank))
+        chosen = self.num_experts if active is None else len(active)
+        return latents.expand(*x.shape[:-1], chosen, self.rank)
 
     def total(self, latents: Tensor) -> Tensor:
         """Compute ``S = sum_i v_i`` from the latents of all experts: (..., E, r) to (..., out), float32."""
@@ -157,8 +161,7 @@ class ExpertBank(Float32Module):
 
     def lift_expert(self, latents: Tensor, index: int) -> Tensor:
         """Compute the output ``v_i`` of one expert for all tokens: (..., E, r) to (..., out), float32."""
-        _, lora_B = self._padded_pair(index)
-        lifted = F.linear(latents[..., index, :], lora_B.to(latents.dtype))
+        lifted = F.linear(latents[..., index, :], self._padded_B(index).to(latents.dtype))
         return lifted.to(gate_dtype(latents.dtype)) * self.scaling[index]
 
     def weighted_sum(self, latents: Tensor, weights: Tensor, active: tuple[int, ...] | None = None) -> Tensor:
@@ -244,11 +247,11 @@ class ExpertBank(Float32Module):
         return (torch.einsum("...er,ers->...es", wide, blocks.to(wide.dtype)) * wide).sum(-1)
 
     def _gram_blocks(self) -> Tensor:
-        lora_B = self._scaled_B(gate_dtype(self._padded_pair(0)[1].dtype))
+        lora_B = self._scaled_B(gate_dtype(self._padded_B(0).dtype))
         return lora_B.mT @ lora_B
 
     def _scaled_B(self, dtype: torch.dtype) -> Tensor:
-        lora_B = torch.stack([self._padded_pair(i)[1] for i in range(self.num_experts)]).to(dtype)
+        lora_B = torch.stack([self._padded_B(i) for i in range(self.num_experts)]).to(dtype)
         return lora_B * self._scaling_like(lora_B)[:, None, None]
 
     def _lift_packed(self, packed: Tensor, active: tuple[int, ...] | None = None) -> Tensor:

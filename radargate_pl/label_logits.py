@@ -2,11 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from radargate_pl.moe import MoELinear
+
+
+class LabelledLogits(NamedTuple):
+    """What the loss needs of a forward.
+
+    Attributes:
+        logits: logits of the labelled positions, (N, V).
+        targets: their token ids, (N,) int64.
+        example: the row of the batch each belongs to, (N,) int64.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    example: Tensor
 
 
 @contextmanager

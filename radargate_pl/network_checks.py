@@ -1,13 +1,18 @@
 """What can be wrong with a network's arguments, backbone and batches (layer 3)."""
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from radargate_pl.gates import Context
+from radargate_pl.gates import Context, TaskGate
+from radargate_pl.moe import MoELinear
 from radargate_pl.new_experts import NewExperts
+
+if TYPE_CHECKING:
+    from radargate_pl.networks import GatedNetwork
 
 
 def check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dropout: float) -> None:
@@ -78,6 +83,34 @@ def check_expert_ids(context: Context, rows: int, experts: tuple[str, ...]) -> N
             f"Expected expert ids from 0 to {len(experts) - 1} ({', '.join(experts)}), or -1 for none, but got "
             f"{unknown}."
         )
+
+
+def check_experts_of_tasks(network: "GatedNetwork") -> None:
+    """Refuse to train experts by the task they belong to when they belong to none: nothing would train.
+
+    Raises:
+        ValueError: naming tasks and experts.
+    """
+    by_task = any(isinstance(layer.gate, TaskGate) for layer in network.layers.values())
+    if by_task and network.train_part != "gate" and max(network.expert_of_task.values(), default=0) < 0:
+        raise ValueError(
+            f"Expected TaskGate to know an expert of some task of {list(network.expert_of_task)}, but the experts "
+            f"{list(network.experts)} belong to none. Choose another gate, or new_experts.per: task."
+        )
+
+
+def check_shared_A(layers: Mapping[str, MoELinear]) -> None:
+    """Refuse experts that do not have one A per layer (HydraLoRA).
+
+    Raises:
+        ValueError: naming the first layer where they differ.
+    """
+    for path, layer in layers.items():
+        if layer.bank.num_experts > 1 and not layer.bank.shares_A:
+            raise ValueError(
+                f"Expected experts that share their A with share_A: true, but {', '.join(layer.bank.names)} have A of "
+                f"their own at {path}. Train them with new_experts: {{share_A: true}}, or set share_A: false."
+            )
 
 
 def prompt_length(input_ids: Tensor, is_encoder_decoder: bool, generation_kwargs: dict[str, Any]) -> int:

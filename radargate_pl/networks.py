@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,31 +13,19 @@ from radargate_pl.backbones import load_backbone
 from radargate_pl.block_recomputation import recompute_blocks
 from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
 from radargate_pl.gates import Context, RadarGate
-from radargate_pl.label_logits import only_positions
+from radargate_pl.label_logits import LabelledLogits, only_positions
 from radargate_pl.losses import IGNORE_INDEX
 from radargate_pl.moe import GateFactory, attach
 from radargate_pl.network_checks import (
     check_arguments,
     check_backbone,
     check_expert_ids,
+    check_experts_of_tasks,
+    check_shared_A,
     prompt_length,
     takes_position_ids,
 )
 from radargate_pl.new_experts import NewExperts
-
-
-class LabelledLogits(NamedTuple):
-    """What the loss needs of a forward.
-
-    Attributes:
-        logits: logits of the labelled positions, (N, V).
-        targets: their token ids, (N,) int64.
-        example: the row of the batch each belongs to, (N,) int64.
-    """
-
-    logits: Tensor
-    targets: Tensor
-    example: Tensor
 
 
 class GatedNetwork(nn.Module):
@@ -51,7 +39,9 @@ class GatedNetwork(nn.Module):
         experts: frozen experts: a folder of PEFT folders, a list of them, or name to path or hub id; [] for none.
         new_experts: experts to train from scratch, instead of ``experts``.
         gate: the gate, one built per layer.
-        combine: how kept experts are summed: "sum".
+        combine: how kept experts become one update: "sum" (MoLE, HydraLoRA), "gram_schmidt" (OMoE, lengths kept),
+            "gram_schmidt_unit" (OMoE, unit length) or "separate" (A and B summed apart).
+        share_A: whether the given experts must have one A per layer (HydraLoRA); others are refused then.
         dropout: dropout before the experts while they train, one mask per layer.
         train: what trains: "gate", "experts" or "both".
         gradient_checkpointing: recompute activations in the backward pass (non-reentrant) to save memory.
@@ -75,7 +65,8 @@ class GatedNetwork(nn.Module):
         experts: str | list[str] | dict[str, str] = [],  # noqa: B006 (read only; jsonargparse shows it in --help)
         new_experts: NewExperts | None = None,
         gate: GateFactory = RadarGate,
-        combine: Literal["sum"] = "sum",
+        combine: Literal["sum", "gram_schmidt", "gram_schmidt_unit", "separate"] = "sum",
+        share_A: bool = False,
         dropout: float = 0.0,
         train: Literal["gate", "experts", "both"] = "gate",
         gradient_checkpointing: bool = False,
@@ -110,6 +101,9 @@ class GatedNetwork(nn.Module):
             self.backbone, banks, gate, context=self.context, combine=combine, dropout=dropout, streams=streams
         )
         self.layers = layers
+        check_experts_of_tasks(self)
+        if share_A:
+            check_shared_A(layers)
         for layer in layers.values():
             layer.gate.requires_grad_(train != "experts")
         self._checkpointed: list[nn.Module] = []
@@ -202,22 +196,9 @@ class GatedNetwork(nn.Module):
         self.train(self.training)
 
     @property
-    def uses_rslora(self) -> bool:
-        """Whether newly trained experts are scaled by alpha / sqrt(rank)."""
-        return self.new_experts is not None and self.new_experts.use_rslora
-
-    @property
-    def target_modules(self) -> list[str] | None:
-        """Name suffixes of the layers that received new experts; ``None`` where only the full paths tell."""
-        given = None if self.new_experts is None else self.new_experts.target_modules
-        return given if isinstance(given, list) else None
-
-    @property
     def shares_A(self) -> bool:
         """Whether all experts have one A per layer (HydraLoRA)."""
-        if self.new_experts is not None:
-            return self.new_experts.share_A
-        return bool(self.adapters) and all(adapter.shared_A for adapter in self.adapters)
+        return bool(self.layers) and all(layer.bank.shares_A for layer in self.layers.values())
 
     def describe(self) -> str:
         """Return one line built from the objects, e.g. ``RadarGate(top_k=2, scorer=x, ...)``."""

@@ -17,29 +17,35 @@ class NewExperts:
     """A library of LoRA experts to train from scratch.
 
     Args:
-        per: one expert per "task", per "category" of tasks, or one for the "union" of all.
+        per: one expert per "task", per "category" of tasks, one for the "union" of all, or "mixture": ``count`` experts
+            that belong to no task and share them out by the gate (HydraLoRA).
         target_modules: layers that receive experts: name suffixes, or "all-linear".
         rank: rank r of every expert.
         alpha: LoRA alpha; the scaling is alpha / rank.
         use_rslora: scale by alpha / sqrt(rank) instead.
         share_A: one A per layer for all experts (HydraLoRA).
+        count: how many experts ``per: mixture`` makes.
 
     Raises:
-        ValueError: for another ``per``, or a rank below 1.
+        ValueError: for another ``per``, or a rank or count below 1.
     """
 
-    per: Literal["task", "category", "union"] = "task"
+    per: Literal["task", "category", "union", "mixture"] = "task"
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
     rank: int = 8
     alpha: float = 32
     use_rslora: bool = False
     share_A: bool = False
+    count: int = 4
 
     def __post_init__(self) -> None:
-        if self.per not in ("task", "category", "union"):
-            raise ValueError(f"Expected new_experts.per to be 'task', 'category' or 'union', but got {self.per!r}.")
-        if self.rank < 1:
-            raise ValueError(f"Expected new_experts.rank to be at least 1, but got {self.rank}.")
+        if self.per not in ("task", "category", "union", "mixture"):
+            raise ValueError(
+                f"Expected new_experts.per to be 'task', 'category', 'union' or 'mixture', but got {self.per!r}."
+            )
+        for name, value in (("rank", self.rank), ("count", self.count)):
+            if value < 1:
+                raise ValueError(f"Expected new_experts.{name} to be at least 1, but got {value}.")
 
     @property
     def scaling(self) -> float:
@@ -59,6 +65,8 @@ class NewExperts:
             raise ValueError("Expected new_experts to be given the tasks of a data module, but there are none.")
         if self.per == "union":
             return ("union",)
+        if self.per == "mixture":
+            return tuple(f"expert_{index}" for index in range(self.count))
         if self.per == "task":
             return tuple(tasks)
         without = [name for name, category in tasks.items() if category is None]

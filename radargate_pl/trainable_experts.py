@@ -40,15 +40,15 @@ class TrainableExpertBank(ExpertBank):
         """Return A (r_i, in) and B (out, r_i) of one expert: the parameters themselves."""
         return self.lora_A[state_key(name)], self.lora_B[state_key(name)]
 
-    def _padded_pair(self, index: int) -> tuple[Tensor, Tensor]:
-        lora_A, lora_B = self.expert_weights(self.names[index])
-        return self._pad(lora_A, 0), self._pad(lora_B, 1)
+    def _padded_B(self, index: int) -> Tensor:
+        return self._pad(self.expert_weights(self.names[index])[1], 1)
 
     def _stacked_A(self, active: tuple[int, ...] | None) -> Tensor:
-        return torch.cat([self._padded_pair(index)[0] for index in self._chosen(active)])
+        chosen = (0,) if self.shares_A else self._chosen(active)
+        return torch.cat([self._pad(self.expert_weights(self.names[index])[0], 0) for index in chosen])
 
     def _stacked_B(self, active: tuple[int, ...] | None) -> Tensor:
-        return torch.cat([self._padded_pair(index)[1] for index in self._chosen(active)], dim=1)
+        return torch.cat([self._padded_B(index) for index in self._chosen(active)], dim=1)
 
     def _chosen(self, active: tuple[int, ...] | None) -> tuple[int, ...]:
         return tuple(range(self.num_experts)) if active is None else active

@@ -259,3 +259,27 @@ def test_experts_given_the_same_A_share_one_parameter() -> None:
     leaf = shared.clone().requires_grad_()
     sum(expert_outputs(tokens(), [e._replace(lora_A=leaf) for e in experts.values()])).sum().backward()
     torch.testing.assert_close(bank.expert_weights("e0")[0].grad, leaf.grad, rtol=1e-13, atol=0)
+
+
+def test_a_shared_A_is_projected_once_and_gives_what_copies_of_it_give(trainable: bool) -> None:
+    experts = experts_of(COUNT, ranks=(3,))
+    shared = next(iter(experts.values())).lora_A
+    copies = {name: Expert(shared.clone(), e.lora_B, e.scaling) for name, e in experts.items()}
+    kind = TrainableExpertBank if trainable else ExpertBank
+    lora_B = {name: e.lora_B for name, e in experts.items()}
+    bank = kind(dict.fromkeys(experts, shared), lora_B, {name: e.scaling for name, e in experts.items()})
+    apart, x = bank_of(copies, trainable=trainable), tokens()
+    assert bank.shares_A
+    assert not apart.shares_A
+    assert sum(p.numel() for name, p in bank.named_parameters() if "lora_A" in name) == shared.numel()
+    for active in (None, (1, 3)):
+        weights = torch.randn(TOKENS, COUNT, dtype=torch.float64)
+        ours, theirs = (b.weighted_sum(b.project(x, active), weights, active) for b in (bank, apart))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    torch.testing.assert_close(bank.gram(bank.project(x)), apart.gram(apart.project(x)), rtol=0, atol=1e-12)
+    assert all(torch.equal(bank.expert_weights(name)[0], shared) for name in experts)
+    if trainable:
+        for each in (bank, apart):
+            each.weighted_sum(each.project(x), weights).square().sum().backward()
+        summed = sum(apart.expert_weights(name)[0].grad for name in experts)
+        torch.testing.assert_close(bank.expert_weights("e0")[0].grad, summed, rtol=1e-12, atol=0)

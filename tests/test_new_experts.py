@@ -53,8 +53,10 @@ def test_names(per, names, of_task):
         ({}, {}, "given the tasks of a data module, but there are none"),
         ({"sum": None, "poem": "text"}, {"per": "category"}, r"category, but these have none: \['sum'\]"),
         ({"a": "x/y", "b": "x y"}, {"per": "category"}, "'x/y' and 'x y' both give an expert called 'x_y'"),
-        (TASKS, {"per": "tasks"}, "new_experts.per to be 'task', 'category' or 'union', but got 'tasks'"),
+        (TASKS, {"per": "tasks"}, "new_experts.per to be 'task', 'category', 'union' or 'mixture', but got 'tasks'"),
         (TASKS, {"rank": 0}, "new_experts.rank to be at least 1, but got 0"),
+        (TASKS, {"per": "mixture", "count": 0}, "new_experts.count to be at least 1, but got 0"),
+        (TASKS, {"per": "mixture"}, "TaskGate to know an expert of some task.*expert_0.*belong to none"),
         (TASKS, {"target_modules": ["query"]}, r"but \['query'\] matches nothing"),
         (TASKS, {"train": "gate"}, "train to be 'experts' or 'both' with new_experts"),
     ],
@@ -147,3 +149,18 @@ def test_a_shared_A_is_one_parameter_before_and_after_loading(tmp_path):
     plain.save_experts(tmp_path / "plain")
     apart = network_of("llama", "task", experts=str(tmp_path / "plain"), train="experts")
     assert not apart.shares_A
+
+
+def test_a_mixture_of_experts_that_belong_to_no_task():
+    made = network(per="mixture", count=3, share_A=True, gate=RadarGate, train="both")
+    assert made.experts == ("expert_0", "expert_1", "expert_2")
+    assert set(made.expert_of_task.values()) == {-1}
+    assert made.shares_A
+
+
+def test_given_experts_can_be_required_to_share_their_A(tmp_path):
+    trained(share_A=True).save_experts(tmp_path / "shared")
+    trained().save_experts(tmp_path / "apart")
+    assert network_of("llama", "task", experts=str(tmp_path / "shared"), share_A=True).shares_A
+    with pytest.raises(ValueError, match=r"share_A: true, but poem, product, sum have A of their own at .*q_proj"):
+        network_of("llama", "task", experts=str(tmp_path / "apart"), share_A=True)
