@@ -104,8 +104,9 @@ class GatedNetwork(nn.Module):
         check_experts_of_tasks(self)
         if share_A:
             check_shared_A(layers)
-        for layer in layers.values():
-            layer.gate.requires_grad_(train != "experts")
+        if train == "experts":  # otherwise each gate's own: some keep parameters that never train
+            for layer in layers.values():
+                layer.gate.requires_grad_(False)
         self._checkpointed: list[nn.Module] = []
         self.train(self.training)
         if gradient_checkpointing:
