@@ -27,28 +27,28 @@ class RankRotation(Rotation):
 
     Args:
         site: the layer (given by the gate, never in a config).
-        rotation_rank: ``None`` for full maps; a number puts one trunk ``T`` (rotation_rank, in) before all of them,
-            ``phi_i = (x T^T) W_i^T`` with ``weight`` (E, r // 2, rotation_rank).
+        trunk_rank: ``None`` for full maps; a number puts one trunk ``T`` (trunk_rank, in) before all of them,
+            ``phi_i = (x T^T) W_i^T`` with ``weight`` (E, r // 2, trunk_rank).
 
     Raises:
-        ValueError: when ``rotation_rank`` is below 1.
+        ValueError: when ``trunk_rank`` is below 1.
 
     Source: RotMoLE, arXiv 2605.25565 (formulas inferred).
     """
 
     has_plane: Tensor | None  # (E, r // 2), False for planes an expert does not have
 
-    def __init__(self, site: Site, rotation_rank: int | None = None) -> None:
+    def __init__(self, site: Site, trunk_rank: int | None = None) -> None:
         super().__init__(site)
-        if rotation_rank is not None and rotation_rank < 1:
+        if trunk_rank is not None and trunk_rank < 1:
             raise ValueError(
-                f"Expected rotation_rank to be at least 1, or null for a map without a trunk, but got {rotation_rank}."
+                f"Expected trunk_rank to be at least 1, or null for a map without a trunk, but got {trunk_rank}."
             )
-        self.rotation_rank = rotation_rank
+        self.trunk_rank = trunk_rank
         width = site.in_features
-        if rotation_rank is not None:
-            self.trunk = uniform_parameter((rotation_rank, width), width, generator_for(site.path, "rotation"))
-            width = rotation_rank
+        if trunk_rank is not None:
+            self.trunk = uniform_parameter((trunk_rank, width), width, generator_for(site.path, "rotation"))
+            width = trunk_rank
         self.weight = nn.Parameter(torch.zeros(len(site.experts), site.rank // 2, width, dtype=torch.float32))
         self.register_buffer("has_plane", None, persistent=False)
 
@@ -61,7 +61,7 @@ class RankRotation(Rotation):
     def latent_angles(self, x: Tensor) -> Tensor:
         """Return the angles in radians, x (..., in) to (..., E, r // 2), float32; 0 in planes an expert lacks."""
         x = x.to(gate_dtype(x.dtype))
-        if self.rotation_rank is not None:
+        if self.trunk_rank is not None:
             x = F.linear(x, self.trunk)
         angles = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, self.weight.shape[:2])
         return angles if self.has_plane is None else angles * self.has_plane

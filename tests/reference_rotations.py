@@ -106,7 +106,7 @@ def dense_rotated_layer(
     """A whole layer under RadarGate, RotationGate, RotMoLEGate or StretchGate with any of their options; x (T, in)."""
     outputs = expert_outputs(x, experts)
     radar = {name: options.pop(name) for name in RADAR if gate in ("RadarGate", "RotationGate") and name in options}
-    options.pop("rotation_rank", None)
+    options.pop("trunk_rank", None)
     if gate == "RotationGate":
         weights, chosen = largest_norms(outputs, options["top_k"])
         logits = None

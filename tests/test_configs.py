@@ -25,7 +25,7 @@ GATES = {
     "radargate": ("RadarGate", RadarRotation, f"RadarGate({SOFTMAX}, {ANGLES.format('rms')})"),
     "radargate_paper": ("RadarGate", RadarRotation, f"RadarGate({SOFTMAX}, {ANGLES.format('none')})"),
     "rotation": ("RotationGate", RadarRotation, f"RotationGate(top_k=2, {ANGLES.format('rms')})"),
-    "rotmole": ("RotMoLEGate", RankRotation, f"RotMoLEGate({SOFTMAX}, rotation_rank=None)"),
+    "rotmole": ("RotMoLEGate", RankRotation, f"RotMoLEGate({SOFTMAX}, trunk_rank=None)"),
     "stretch": ("StretchGate", NoRotation, f"StretchGate({SOFTMAX})"),
     "task": ("TaskGate", NoRotation, "TaskGate()"),
     "uniform": ("UniformGate", NoRotation, "UniformGate()"),
@@ -117,6 +117,33 @@ def test_gates_by_name_on_the_command_line(parsed, cls):
         assert gate.line() == fresh.line()
     else:
         assert gate.line() == GATES["radargate_paper"][2]
+
+
+OPTIONS = {
+    "temperature": ("learned", 0.5, 1.0),
+    "output_scale": ("learned", 2.5, 1.0),
+    "rotation_rank": ("full", 4),
+    "rotation_sharing": ("per_expert",),
+    "angle_bound": (1.5,),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OPTIONS.items() for value in values])
+def test_gate_options_that_are_a_number_or_a_name_are_read_from_file_and_command_line(parsed, tmp_path, name, value):
+    gate = {"class_path": "RadarGate", "init_args": {name: value}}
+    text = yaml.safe_dump({"model": {"network": {"init_args": {"gate": gate}}}})
+    (tmp_path / "gate.yaml").write_text(text)
+    base, typed = with_configs("quickstart/radargate.yaml"), (f"--model.network.gate.{name}", str(value))
+    for words in (("--config", str(tmp_path / "gate.yaml")), typed):
+        found = build_gate(parsed(*base, *words)).arguments()[name]
+        assert (found, type(found)) == (value, type(value))
+
+
+def test_a_name_that_an_option_does_not_know_is_refused_with_what_it_takes(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [*with_configs("quickstart/radargate.yaml"), "--model.network.gate.temperature", "taught"]
+    assert main(["fit", *words, "--print_config"]) != 0
+    assert "expected float or 'learned', found 'taught'" in capsys.readouterr().err
 
 
 def test_paper_settings(parsed):

@@ -200,7 +200,7 @@ def test_task_gate_without_ids_or_with_rows_that_do_not_fit_says_so() -> None:
         (partial(RadarGate, scorer="y"), "scorer to be one of .* but got 'y'"),
         (partial(RadarGate, angle_norm="l2"), "angle_norm to be .* but got 'l2'"),
         (partial(RadarGate, rotation_rank=0), "rotation_rank to be at least 1, or 'full', but got 0"),
-        (partial(RotMoLEGate, rotation_rank=0), "rotation_rank to be at least 1, or null .* but got 0"),
+        (partial(RotMoLEGate, trunk_rank=0), "trunk_rank to be at least 1, or null .* but got 0"),
         (partial(FixedGate, weights={}), "weights to name at least one expert"),
         (partial(FixedGate, weights={"e0": 1.0, "e9": 1.0}), r"weights to name experts of .* but got \['e9'\]"),
     ],

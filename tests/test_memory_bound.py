@@ -46,7 +46,7 @@ GATES = [
     *(partial(RotationGate, top_k=k) for k in (2, EXPERTS)),
     *(partial(RadarGate, top_k=k, rotation_sharing="per_expert", rotation_rank=2) for k in (2, EXPERTS)),
     partial(RadarGate, rotation_rank="full", angle_bound=1.0, temperature="learned", output_scale="learned"),
-    *(partial(RotMoLEGate, top_k=k, rotation_rank=r) for k, r in ((2, None), (EXPERTS, 2))),
+    *(partial(RotMoLEGate, top_k=k, trunk_rank=r) for k, r in ((2, None), (EXPERTS, 2))),
     UniformGate,
     partial(FixedGate, weights={f"e{i}": 1.0 / (i + 1) for i in range(0, EXPERTS, 3)}),
     TaskGate,

@@ -32,13 +32,13 @@ def built(ranks: tuple[int, ...], dtype: torch.dtype = torch.float64, **options:
 
 
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
-@pytest.mark.parametrize("rotation_rank", [None, 3])
+@pytest.mark.parametrize("trunk_rank", [None, 3])
 @pytest.mark.parametrize("top_k", [1, 2, COUNT])
 @pytest.mark.parametrize("trainable", [False, True])
 def test_outputs_and_gradients_equal_the_dense_reference(
-    ranks: tuple, rotation_rank: int | None, top_k: int, trainable: bool
+    ranks: tuple, trunk_rank: int | None, top_k: int, trainable: bool
 ) -> None:
-    options = {"top_k": top_k, "rotation_rank": rotation_rank}
+    options = {"top_k": top_k, "trunk_rank": trunk_rank}
     experts = wide_experts(ranks)
     layer = build(Case(RotMoLEGate, options), experts, trainable=trainable)
     x = wide_inputs().requires_grad_()
@@ -60,16 +60,16 @@ def test_outputs_and_gradients_equal_the_dense_reference(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
-@pytest.mark.parametrize(("rotation_rank", "scorer"), [(None, "x"), (3, "experts")])
+@pytest.mark.parametrize(("trunk_rank", "scorer"), [(None, "x"), (3, "experts")])
 @pytest.mark.parametrize("top_k", [1, 2, COUNT])
 def test_zero_angles_are_the_stretch_gate_bit_for_bit(
-    dtype: torch.dtype, ranks: tuple, rotation_rank: int | None, scorer: str, top_k: int
+    dtype: torch.dtype, ranks: tuple, trunk_rank: int | None, scorer: str, top_k: int
 ) -> None:
     """As built (the map starts at zero), and in the gradients that both gates have."""
     experts = wide_experts(ranks, dtype)
     make = partial(layer_of, experts)
     stretch = make(partial(StretchGate, top_k=top_k, scorer=scorer))
-    turned = make(partial(RotMoLEGate, top_k=top_k, scorer=scorer, rotation_rank=rotation_rank))
+    turned = make(partial(RotMoLEGate, top_k=top_k, scorer=scorer, trunk_rank=trunk_rank))
     if dtype == torch.float64:
         stretch.gate.double(), turned.gate.double()
     assert torch.equal(stretch.gate.scorer.weight, turned.gate.scorer.weight)
@@ -116,7 +116,7 @@ def test_experts_of_equal_even_rank_need_no_mask_and_nothing_extra_is_saved() ->
     layer = built((4,))
     assert layer.gate.rotation.has_plane is None
     assert set(built((4, 3)).gate.state_dict()) == {"scorer.weight", "rotation.weight"}
-    assert set(built((4,), rotation_rank=2).gate.state_dict()) == {
+    assert set(built((4,), trunk_rank=2).gate.state_dict()) == {
         *("scorer.weight", "rotation.weight", "rotation.trunk"),
     }
 
@@ -155,10 +155,10 @@ class TurnedUniform(Gate):
         return Routing(weights.to(torch.promote_types(latents.dtype, torch.float32)), None, None)
 
 
-@pytest.mark.parametrize("rotation_rank", [None, 2])
-def test_any_gate_may_take_it_and_the_ranks_are_bound_by_the_layer(rotation_rank: int | None) -> None:
+@pytest.mark.parametrize("trunk_rank", [None, 2])
+def test_any_gate_may_take_it_and_the_ranks_are_bound_by_the_layer(trunk_rank: int | None) -> None:
     experts = wide_experts((5, 8, 1, 2))
-    layer = layer_of(experts, partial(TurnedUniform, rotation=partial(RankRotation, rotation_rank=rotation_rank)))
+    layer = layer_of(experts, partial(TurnedUniform, rotation=partial(RankRotation, trunk_rank=trunk_rank)))
     randomise(layer.gate.double())
     assert layer.gate.rotation.has_plane is not None
     x, state = wide_inputs(), dict(layer.named_parameters())

@@ -21,7 +21,7 @@ class RotMoLEGate(StretchGate):
         temperature: divides the logits; "learned" trains it; see StretchGate.
         renormalize: "auto", "always" or "never"; see StretchGate.
         output_scale: factor of the kept weights; "learned" trains it; see StretchGate.
-        rotation_rank: rank of a trunk before the angle maps; ``None`` for full maps (the usual reading).
+        trunk_rank: rank of a trunk before the angle maps; ``None`` for full maps (the usual reading).
 
     Raises:
         ValueError: for values out of range and unknown names.
@@ -37,8 +37,8 @@ class RotMoLEGate(StretchGate):
         temperature: LearnedOrFixed = 1.0,
         renormalize: Renormalize = "auto",
         output_scale: LearnedOrFixed = 1.0,
-        rotation_rank: int | None = None,
+        trunk_rank: int | None = None,
     ) -> None:
         super().__init__(site, top_k, scorer, temperature, renormalize, output_scale)
-        self.rotation_rank = rotation_rank
-        self.rotation = RankRotation(site, rotation_rank)
+        self.trunk_rank = trunk_rank
+        self.rotation = RankRotation(site, trunk_rank)
