@@ -21,6 +21,7 @@ from radargate_pl.class_specs import factory_of
 from radargate_pl.expert_library import save_experts
 from radargate_pl.fingerprints import check_fingerprint
 from radargate_pl.folders import replacing_folder
+from radargate_pl.joining_experts import with_new_experts, with_new_rows, without_new_experts
 
 if TYPE_CHECKING:
     from radargate_pl.networks import GatedNetwork
@@ -65,6 +66,7 @@ def load_gate(
     *,
     backbone: str | None = None,
     experts: str | list[str] | dict[str, str] | None = None,
+    add_experts: dict[str, str] | None = None,
     dtype: Any = "auto",
     trust_code: bool = False,
 ) -> "GatedNetwork":
@@ -74,6 +76,8 @@ def load_gate(
         folder: a gate folder.
         backbone: where the backbone is, if not where the folder says.
         experts: where the experts are, if neither in the folder nor where it says.
+        add_experts: experts that join behind those the gate was fitted with, without training: name to path or hub id.
+            Only gates that find an expert by a description of it take them (NexusGate, ArrowGate).
         dtype: of backbone and experts in memory.
         trust_code: allow a gate class from outside this package.
 
@@ -81,8 +85,8 @@ def load_gate(
         The network in evaluation mode.
 
     Raises:
-        ValueError: for a folder that is none, a class from elsewhere, or another backbone or expert, showing both
-            fingerprints.
+        ValueError: for a folder that is none, a class from elsewhere, another backbone or expert, showing both
+            fingerprints, or experts that join a gate which cannot know them.
     """
     from radargate_pl.networks import GatedNetwork
 
@@ -90,6 +94,8 @@ def load_gate(
     gate = factory_of(config["gate"], trust_code=trust_code)
     source = backbone or _backbone_source(folder, config["backbone"])
     found = experts if experts is not None else _expert_folders(folder, config["experts"])
+    if add_experts:
+        found = with_new_experts(found, add_experts, gate)
     try:
         network = GatedNetwork(backbone=source, dtype=dtype, experts=found, gate=gate, combine=config["combine"])
     except ValueError:
@@ -98,8 +104,9 @@ def load_gate(
         check_fingerprint("the backbone", saved["backbone"], load_backbone(source, dtype).fingerprint)
         _check_order(list(saved["experts"]), list(resolve_adapters(found)))
         raise
-    check_fingerprints(config["fingerprints"], network.fingerprints)
-    network.load_gate_state(read_gate_tensors(folder))
+    check_fingerprints(config["fingerprints"], without_new_experts(network.fingerprints, add_experts or {}))
+    saved = read_gate_tensors(folder)
+    network.load_gate_state(with_new_rows(saved, network.gate_state()) if add_experts else saved)
     return network.eval()
 
 

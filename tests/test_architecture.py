@@ -30,10 +30,14 @@ LAYERS = {
             "gate_folder",
             "class_specs",
             "expert_library",
+            "joining_experts",
         ),
     },
     4: {"data"},
-    5: {"module", "auxiliary_terms", "steps", "metrics", "checkpoint", "expert_gradients", "provenance", "callbacks"},
+    5: {
+        *("module", "auxiliary_terms", "steps", "metrics", "checkpoint", "expert_gradients", "parameter_groups"),
+        *("provenance", "callbacks"),
+    },
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors"),
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),

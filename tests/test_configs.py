@@ -15,19 +15,28 @@ from radargate_pl.rotations import RadarRotation
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
-OVERRIDES = {name for name in CONFIGS if name.split("/")[0] in ("gates", "trainer")}
+OVERRIDES = {name for name in CONFIGS if name.split("/")[0] in ("architectures", "gates", "trainer")}
 BASES = sorted(CONFIGS.keys() - OVERRIDES)
 
 # Class and rotation of each override, with its line: every argument it does not name is the class's own default.
 SOFTMAX = "top_k=2, scorer=x, temperature=1.0, renormalize=auto, output_scale=1.0"
 ANGLES = "rotation_rank=8, rotation_sharing=shared, angle_norm={}, angle_bound=None"
+TUTEL = "TutelGate(top_k=2, kind={}, projection=256, normalize=True, noise=0.0, rotation=NoRotation())"
 GATES = {
+    "expert_choice": (
+        "ExpertChoiceGate",
+        NoRotation,
+        "ExpertChoiceGate(capacity=2.0, top_k=2, rotation=NoRotation())",
+    ),
+    "nexus": ("NexusGate", NoRotation, "NexusGate(top_k=1, hidden=None, domains=auto, rotation=NoRotation())"),
     "radargate": ("RadarGate", RadarRotation, f"RadarGate({SOFTMAX}, {ANGLES.format('rms')})"),
     "radargate_paper": ("RadarGate", RadarRotation, f"RadarGate({SOFTMAX}, {ANGLES.format('none')})"),
     "rotation": ("RotationGate", RadarRotation, f"RotationGate(top_k=2, {ANGLES.format('rms')})"),
     "rotmole": ("RotMoLEGate", RankRotation, f"RotMoLEGate({SOFTMAX}, trunk_rank=None)"),
     "stretch": ("StretchGate", NoRotation, f"StretchGate({SOFTMAX})"),
     "task": ("TaskGate", NoRotation, "TaskGate()"),
+    "tutel": ("TutelGate", NoRotation, TUTEL.format("linear")),
+    "tutel_cosine": ("TutelGate", NoRotation, TUTEL.format("cosine")),
     "uniform": ("UniformGate", NoRotation, "UniformGate()"),
 }
 
@@ -60,9 +69,9 @@ def assert_gate(gate, override):
     assert (type(gate).__name__, type(gate.rotation), gate.line()) == (name, rotation, line)
 
 
-def test_number_of_configs():
-    assert len(CONFIGS) == 13
-    assert len(BASES) == 5
+def test_every_kind_of_config_is_found():
+    kinds = {name.split("/")[0] for name in CONFIGS}
+    assert kinds >= {"architectures", "debug.yaml", "flan", "flan_v2", "gates", "quickstart", "trainer"}
     assert {f"gates/{name}.yaml" for name in GATES} == {name for name in CONFIGS if name.startswith("gates/")}
 
 
@@ -137,6 +146,14 @@ def test_gate_options_that_are_a_number_or_a_name_are_read_from_file_and_command
     for words in (("--config", str(tmp_path / "gate.yaml")), typed):
         found = build_gate(parsed(*base, *words)).arguments()[name]
         assert (found, type(found)) == (value, type(value))
+
+
+def test_learning_rate_multipliers_are_read_from_file_and_command_line(parsed, tmp_path):
+    (tmp_path / "rates.yaml").write_text("model: {lr_multipliers: {rotation: 5, lora_A: 0.5}}\n")
+    config = parsed(*with_configs("quickstart/radargate.yaml"), "--config", str(tmp_path / "rates.yaml"))
+    assert config["model"]["lr_multipliers"] == {"rotation": 5.0, "lora_A": 0.5}
+    typed = parsed(*with_configs("quickstart/radargate.yaml"), "--model.lr_multipliers", "{rotation: 5}")
+    assert typed["model"]["lr_multipliers"] == {"rotation": 5.0}
 
 
 def test_a_name_that_an_option_does_not_know_is_refused_with_what_it_takes(capsys, monkeypatch):

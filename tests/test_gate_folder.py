@@ -88,6 +88,7 @@ def test_what_lies_in_it(tmp_path):
     assert config["gate"]["init_args"] == {
         **{"top_k": 2, "scorer": "x", "temperature": 1.0, "renormalize": "auto"},
         **{"rotation_rank": 4, "rotation_sharing": "shared", "angle_norm": "rms"},
+        **{"angle_bound": None, "output_scale": 1.0},
     }
     assert config["fingerprints"] == network.fingerprints
     assert network.fingerprints["backbone"] in (tmp_path / "gate" / "README.md").read_text()
@@ -214,7 +215,7 @@ def test_a_strangers_class_runs_only_with_trust(tmp_path, monkeypatch):
     ("class_path", "message"),
     [
         ("radargate_pl.networks.GatedNetwork", "to be a Gate, but it is not"),
-        ("radargate_pl.gates.NexusGate", "Expected the gate radargate_pl.gates.NexusGate to exist"),
+        ("radargate_pl.gates.NoSuchGate", "Expected the gate radargate_pl.gates.NoSuchGate to exist"),
         ("radargate_pl.nowhere.RadarGate", "Expected the gate radargate_pl.nowhere.RadarGate to exist"),
         ("os.system", "Pass trust_code=True"),
         ("RadarGate", "Pass trust_code=True"),

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from radargate_pl.data.cache import Encoded, content_key, read_encoded, write_encoded
 from radargate_pl.data.examples import Collator, EncodedTask, Example, ExampleSet
-from radargate_pl.data.library import Limits, Task, read_tasks
+from radargate_pl.data.library import Limits, Task, read_tasks, set_categories
 from radargate_pl.data.mixing import Mixing, MixtureSampler, epoch_counts
 from radargate_pl.data.procedural import default_sizes
 from radargate_pl.data.prompts import RecordEncoder
@@ -46,6 +46,7 @@ class FlanMixture(LightningDataModule):
         on_bad_record: `raise` refuses to start; `skip` leaves bad records out, counts and logs them.
         seed: Seed of the order; the run's `seed_everything` when null.
         num_workers: Processes that collate batches; 0 collates in the main one.
+        category_of: Categories of tasks, `{task: category}`, where what the records or folders say is not wanted.
     """
 
     def __init__(  # noqa: PLR0913  flat, because these are what a user types
@@ -65,6 +66,7 @@ class FlanMixture(LightningDataModule):
         on_bad_record: Literal["raise", "skip"] = "raise",
         seed: int | None = None,
         num_workers: int = 0,
+        category_of: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.limits = Limits(max_examples, validation_examples, test_examples)
@@ -80,6 +82,7 @@ class FlanMixture(LightningDataModule):
         self.on_bad_record = on_bad_record
         self.seed = seed
         self.num_workers = num_workers
+        self.category_of = category_of or {}
         self.bad_records = BadRecords(on_bad_record)
         self.encoded: dict[tuple[str, Split], Encoded] = {}
         self._tasks: list[Task] | None = None
@@ -89,7 +92,9 @@ class FlanMixture(LightningDataModule):
     def tasks(self) -> list[Task]:
         """The tasks with their records as text, read on first use; needs no tokenizer."""
         if self._tasks is None:
-            self._tasks = read_tasks(self.sources, self.limits, self.bad_records, self.target == "rationale")
+            tasks = read_tasks(self.sources, self.limits, self.bad_records, self.target == "rationale")
+            set_categories(tasks, self.category_of)
+            self._tasks = tasks
         return self._tasks
 
     @property

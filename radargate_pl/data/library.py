@@ -1,7 +1,7 @@
 """Reads sources into tasks: which records belong to which task and split."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from radargate_pl.data.records import SPLITS, BadRecords, Placement, Record, Split, parse_record
@@ -125,6 +125,20 @@ def read_tasks(
     for task in tasks:
         task.skipped = bad_records.skipped.get(task.name, 0)
     return tasks
+
+
+def set_categories(tasks: Iterable[Task], category_of: Mapping[str, str]) -> None:
+    """Give tasks other categories than their records name, in place.
+
+    Raises:
+        ValueError: If a task is not there.
+    """
+    by_name = {task.name: task for task in tasks}
+    unknown = sorted(set(category_of) - set(by_name))
+    if unknown:
+        raise ValueError(f"Expected category_of to name tasks of {sorted(by_name)}, but got {unknown}.")
+    for name, category in category_of.items():
+        by_name[name].category = category
 
 
 def _split(source: Source, placement: Placement) -> Split:

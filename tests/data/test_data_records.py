@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from radargate_pl.data import FlanMixture
 from radargate_pl.data.library import Limits, read_tasks
 from radargate_pl.data.records import BadRecords, Line, parse_record
 from radargate_pl.data.sources import clean_name, expand
@@ -126,6 +127,15 @@ def test_niv2_like_folder_gives_categories(write_jsonl, numbered):
         "pos": "grammar",
         "add": "mathematics",
     }
+
+
+def test_categories_can_be_set(write_jsonl, numbered):
+    path = str(write_jsonl("niv2/reasoning/sciq.jsonl", numbered(9)).parent.parent)
+    data = FlanMixture(path, "debug-tiny", validation_examples=2, category_of={"sciq": "science"})
+    assert data.categories == {"sciq": "science"}
+    data = FlanMixture(path, "debug-tiny", validation_examples=2, category_of={"sciqa": "science"})
+    with pytest.raises(ValueError, match=r"category_of to name tasks of \['sciq'\], but got \['sciqa'\]"):
+        _ = data.categories
 
 
 def test_a_file_can_hold_several_tasks_unless_the_user_names_it(write_jsonl, numbered):

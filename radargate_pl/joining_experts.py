@@ -1,0 +1,65 @@
+"""Experts that join a fitted gate without training (layer 3)."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radargate_pl.adapters import resolve_adapters
+
+
+def with_new_experts(
+    experts: str | list[str] | dict[str, str], new: Mapping[str, str], gate: partial[Any]
+) -> dict[str, str]:
+    """Put new experts behind a gate's own.
+
+    Args:
+        experts: those the gate was fitted with, as in `GatedNetwork`.
+        new: name to path or hub id.
+        gate: what makes the gate.
+
+    Returns:
+        Name to path of all.
+
+    Raises:
+        ValueError: when the gate has parameters of each expert, or a name is taken.
+    """
+    if not gate.func.takes_new_experts:
+        raise ValueError(
+            f"Expected a gate that experts can join without training (NexusGate, ArrowGate) for add_experts, but "
+            f"{gate.func.__name__} has parameters of its own for each expert. Fit it again over all of them."
+        )
+    before: dict[str, Path] = resolve_adapters(experts)
+    taken = sorted(set(before) & set(new))
+    if taken:
+        raise ValueError(
+            f"Expected add_experts to have new names, but {taken} are names of the gate's experts already."
+        )
+    return {name: str(folder) for name, folder in before.items()} | dict(new)
+
+
+def without_new_experts(fingerprints: Mapping[str, Any], new: Mapping[str, str]) -> dict[str, Any]:
+    """Return a network's fingerprints without those of the experts that joined."""
+    experts = {name: value for name, value in fingerprints["experts"].items() if name not in new}
+    return {**fingerprints, "experts": experts}
+
+
+def with_new_rows(saved: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the rows of experts that joined, which a fresh gate made from their own files, behind the saved ones.
+
+    Args:
+        saved: the saved gate's tensors.
+        fresh: those of the same gate, made anew over all experts.
+
+    Returns:
+        The saved tensors, longer where the fresh ones have more rows.
+    """
+    return {
+        key: torch.cat([tensor, fresh[key][len(tensor) :].cpu()])
+        if key in fresh and tensor.dim() > 0 and len(fresh[key]) > len(tensor)
+        else tensor
+        for key, tensor in saved.items()
+    }
