@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from radargate_pl.auxiliary_terms import AuxiliaryTerms
 from radargate_pl.checkpoint import restore_network, store_network
@@ -16,6 +16,7 @@ from radargate_pl.expert_gradients import AccumulatedExamples, clip_groups, expe
 from radargate_pl.losses import example_mean_cross_entropy
 from radargate_pl.metrics import TaskScore, TaskScores, named_scores, score_examples
 from radargate_pl.networks import GatedNetwork, LabelledLogits
+from radargate_pl.parameter_groups import optimizer_and_schedule
 from radargate_pl.steps import CompletedStep, EvaluationOutput, Prediction, StepOutput
 
 # (stage, finished optimiser steps) -> whether that batch's gates are wanted; stages are train, val and test.
@@ -34,6 +35,8 @@ class AdaptedLM(LightningModule):
         network: makes the network from the tasks' categories, once the data are known.
         optimizer: makes the optimiser from the trainable parameters.
         lr_scheduler: makes a learning rate schedule from the optimiser; it advances with every optimiser step.
+        lr_multipliers: part of parameter names ("rotation", "scorer", "lora_A") to the factor on the learning rate of
+            the parameters that have it between dots.
         max_new_tokens: longest generated answer in ``predict`` and sample generations, in tokens.
         auxiliary_losses: name to the factor with which it is added to the training loss: load_balancing, gshard,
             mole_balance, z, orthogonality, variance_tokens, variance_experts. Every loss that is reported but for
@@ -47,6 +50,7 @@ class AdaptedLM(LightningModule):
             parameters, lr=1e-4, weight_decay=0.0
         ),
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        lr_multipliers: dict[str, float] = {},  # noqa: B006 (read only; jsonargparse shows it in --help)
         max_new_tokens: int = 64,
         auxiliary_losses: dict[str, float] = {},  # noqa: B006 (read only; jsonargparse shows it in --help)
     ) -> None:
@@ -55,6 +59,7 @@ class AdaptedLM(LightningModule):
         self.network: GatedNetwork | None = None
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
+        self.lr_multipliers = dict(lr_multipliers)
         self.max_new_tokens = max_new_tokens
         self.auxiliary_losses = AuxiliaryTerms(auxiliary_losses)
         # restore_network compares the keys itself; Lightning's own loading finds nothing left to do
@@ -218,24 +223,15 @@ class AdaptedLM(LightningModule):
         """Optimiser over what trains, and a schedule that advances with every optimiser step.
 
         Raises:
-            ValueError: if nothing trains, or the schedule needs a metric.
+            ValueError: if nothing trains; see `optimizer_and_schedule` for the others.
         """
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not parameters:
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if not trained:
             raise ValueError(
                 f"Expected something to train, but got {self.built_network.describe()}: this gate has nothing to "
                 "train; use validate or test"
             )
-        optimizer = self.optimizer_factory(parameters)
-        if self.lr_scheduler_factory is None:
-            return optimizer
-        scheduler = self.lr_scheduler_factory(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ValueError(
-                "Expected lr_scheduler to be a schedule over optimiser steps, but got ReduceLROnPlateau, which waits "
-                "for a metric; use for example torch.optim.lr_scheduler.LinearLR"
-            )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return optimizer_and_schedule(trained, self.optimizer_factory, self.lr_scheduler_factory, self.lr_multipliers)
 
     def on_fit_start(self) -> None:
         """Put the network into training mode; its frozen parts stay in eval mode by themselves."""

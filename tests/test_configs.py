@@ -1,5 +1,6 @@
 """Every config in the repository is parsed, overrides on top of their base, and each gate override gives its gate."""
 
+import functools
 import importlib
 import itertools
 from pathlib import Path
@@ -58,10 +59,18 @@ def with_configs(*names):
 
 
 def build_gate(config):
-    spec = config["model"]["network"]["init_args"]["gate"]
-    module, _, name = spec["class_path"].rpartition(".")
     site = Site("layer", 8, 6, 2, ("a", "b", "c"), "decoder")
-    return getattr(importlib.import_module(module), name)(site, **spec.get("init_args", {}))
+    return factory_at(config["model"]["network"]["init_args"]["gate"])(site)
+
+
+def factory_at(spec):
+    """The class that a config names with its arguments, rotations likewise."""
+    module, _, name = spec["class_path"].rpartition(".")
+    arguments = {
+        key: factory_at(value) if isinstance(value, dict) and "class_path" in value else value
+        for key, value in spec.get("init_args", {}).items()
+    }
+    return functools.partial(getattr(importlib.import_module(module), name), **arguments)
 
 
 def assert_gate(gate, override):
