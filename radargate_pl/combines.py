@@ -32,6 +32,10 @@ class Combine:
             ValueError: naming the layer and what does not fit.
         """
 
+    def suited(self, gate: Gate) -> "Combine":
+        """Return the form of this combination that the gate's weights ask for."""
+        return self
+
     def arrange(self, routing: Routing) -> Routing:
         """Put the kept experts of every token into the order the combination needs."""
         return routing
@@ -113,8 +117,18 @@ class SeparateSum(Combine):
     weights, and what mttl's Arrow does by default (name "separate"). In rank space: ``h = sum_i a_i h_i``, then
     ``sum_j a_j h B_j``.
 
+    Args:
+        signs_both: whether a negative weight turns A and B, as in LoraHub; else B alone, as negation in PEMs does.
+
     Source: arXiv 2307.13269 (LoraHub), 2306.14870 (PEMs), 2405.11157 (Arrow, mttl's code).
     """
+
+    def __init__(self, signs_both: bool = True) -> None:
+        self.signs_both = signs_both
+
+    def suited(self, gate: Gate) -> Combine:
+        """Turn the sign of B alone where the gate negates; see `Combine.suited`."""
+        return SeparateSum(signs_both=not gate.negates_one_factor)
 
     def check(self, gate: Gate, bank: ExpertBank) -> None:
         """Refuse rotations, which need each expert's own output, and experts of different rank."""
@@ -133,6 +147,7 @@ class SeparateSum(Combine):
     def latents(self, latents: Tensor, routing: Routing, bank: ExpertBank, active: tuple[int, ...] | None) -> Tensor:
         """Give every expert the summed latents; see `Combine.latents`."""
         weights = dense_weights(routing.weights, routing.indices, bank.num_experts)
+        weights = weights if self.signs_both else weights.abs()
         root = weights.new_tensor(bank.scaling).sqrt()
         if active is not None:
             weights, root = weights[..., list(active)], root[list(active)]

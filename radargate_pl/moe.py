@@ -129,7 +129,7 @@ def attach(
         layer_gate.bind(bank)
         COMBINES[combine].check(layer_gate, bank)
         layer_gate.rotation.bind(bank)
-        layer = MoELinear(base_layer, bank, layer_gate, context, COMBINES[combine], dropout)
+        layer = MoELinear(base_layer, bank, layer_gate, context, COMBINES[combine].suited(layer_gate), dropout)
         layers[path] = layer.to(base_layer.weight.device)
     for path, layer in layers.items():
         model.set_submodule(path, layer)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from radargate_pl.experts import ExpertBank
-from radargate_pl.gates import Context, FixedGate, Gate, Site
+from radargate_pl.gates import ArrowGate, Context, DirectLoRA, FixedGate, Gate, PEMs, Site
 from radargate_pl.moe import MoELinear, attach, moe_layers
 from radargate_pl.records import GateOutput, record_gates
 from radargate_pl.trainable_experts import TrainableExpertBank
@@ -170,7 +170,12 @@ def assert_near(ours: Tensor, expected: Tensor, relative: float, what: str) -> N
     assert difference <= relative * max(float(expected.abs().max()), 1e-3), f"{what}: {difference}"
 
 
-NEEDED = {FixedGate: {"weights": {"e0": 0.5, "e1": -0.25}}}  # arguments without a default
+NEEDED = {  # arguments without a default, or one that is too large here
+    FixedGate: {"weights": {"e0": 0.5, "e1": -0.25}},
+    ArrowGate: {"top_k": 2},  # its own default, 3, is more than many tests have experts
+    DirectLoRA: {"expert": "e0"},
+    PEMs: {"weights": {"e0": 1.0, "e1": -0.25}},
+}
 
 
 def gated_llama(

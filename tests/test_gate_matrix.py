@@ -17,13 +17,17 @@ from radargate_pl.class_specs import factory_of
 from radargate_pl.gates import (
     ALL_GATES,
     Context,
+    ExpertChoiceGate,
     FixedGate,
+    LoraHub,
+    NexusGate,
     RadarGate,
     RotationGate,
     RotMoLEGate,
     Site,
     StretchGate,
     TaskGate,
+    TutelGate,
 )
 from radargate_pl.moe import MoELinear
 from radargate_pl.rotations import Rotation
@@ -73,8 +77,13 @@ def test_every_gates_state_is_what_the_format_says_and_loads_back(gate: type) ->
         RotationGate: rotation,
         RotMoLEGate: {"gate.scorer.weight", "gate.rotation.weight"},
         StretchGate: {"gate.scorer.weight"},
+        TutelGate: {"gate.scorer.weight"},
+        NexusGate: {"gate.projection.up", "gate.projection.down"},
+        ExpertChoiceGate: {"gate.scorer.weight"},
+        LoraHub: {"gate.weights"},
     }.get(gate, set())
-    assert {key for key in first.state_dict() if key.startswith("gate.")} == keys
+    fixed = {NexusGate: {"gate.domain_embeddings"}}.get(gate, set())
+    assert {key for key in first.state_dict() if key.startswith("gate.")} == keys | fixed
     assert {name for name, p in first.named_parameters() if p.requires_grad} == keys
     second.load_state_dict(first.state_dict())
     x = torch.randn(2, 3, IN)

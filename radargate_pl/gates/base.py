@@ -66,10 +66,12 @@ class Gate(Float32Module):
         rotation: what is done to the kept experts' outputs before they are summed.
         is_ragged: whether tokens may keep different numbers of experts.
         takes_new_experts: whether an expert can join a fitted gate without training.
+        negates_one_factor: whether ``combine: separate`` puts the sign of a negative weight on B alone.
     """
 
     is_ragged = False
     takes_new_experts: bool = False
+    negates_one_factor = False
 
     def __init__(self, site: Site) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """Gates without parameters: uniform, fixed weights, and each example's own expert (layer 1)."""
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -8,44 +10,63 @@ from radargate_pl.gates.base import Context, Gate, Routing, Site
 from radargate_pl.ops import gate_dtype
 
 
-class UniformGate(Gate):
-    """The plain average of all experts present at the layer: ``g_i = 1 / E``."""
+class ConstantGate(Gate):
+    """A gate that gives every token the same weights: what it mixes is one LoRA (see `fixed_compositions`)."""
+
+    @abstractmethod
+    def constants(self, bank: ExpertBank) -> list[float]:
+        """Return the weight of each expert present at the layer, E numbers of any sign."""
 
     def forward(self, x: Tensor, latents: Tensor, bank: ExpertBank, context: Context) -> Routing:
-        """Weigh every expert the same; see `Gate.forward`."""
-        return _constant([1 / bank.num_experts] * bank.num_experts, latents)
+        """Return the same weights for every token; see `Gate.forward`."""
+        row = torch.tensor(self.constants(bank), dtype=gate_dtype(latents.dtype), device=latents.device)
+        return Routing(row.expand(*latents.shape[:-2], -1), None, None)
 
 
-class FixedGate(Gate):
+class UniformGate(ConstantGate):
+    """The plain average of all experts present at the layer: ``g_i = 1 / E``."""
+
+    def constants(self, bank: ExpertBank) -> list[float]:
+        """Return 1 / E for every expert."""
+        return [1 / bank.num_experts] * bank.num_experts
+
+
+class FixedGate(ConstantGate):
     """The same weights for every token: ``g_i = weights[i]``, not normalised, of any sign.
 
     Args:
         site: the layer (given by the network, never in a config).
         weights: expert name to weight; experts not named get 0 and are not evaluated.
 
+    Attributes:
+        coefficients: expert name to the weight it gets.
+
     Raises:
         ValueError: when ``weights`` is empty or names an expert that is not in the library.
     """
+
+    argument = "weights"  # what names the experts, for messages
 
     def __init__(self, site: Site, weights: dict[str, float]) -> None:
         super().__init__(site)
         if not weights:
             raise ValueError("Expected weights to name at least one expert, but got {}.")
         self.weights = dict(weights)
+        self.coefficients = self.weights
 
     def bind(self, bank: ExpertBank) -> None:
         """Refuse names that are not in the library."""
-        unknown = sorted(set(self.weights) - set(bank.library))
+        unknown = sorted(set(self.coefficients) - set(bank.library))
         if unknown:
-            raise ValueError(f"Expected weights to name experts of {list(bank.library)}, but got {unknown}.")
+            raise ValueError(f"Expected {self.argument} to name experts of {list(bank.library)}, but got {unknown}.")
 
     def active(self, bank: ExpertBank, context: Context) -> tuple[int, ...]:
         """Return the experts with a weight other than 0."""
-        return tuple(i for i, name in enumerate(bank.names) if self.weights.get(name, 0.0) != 0.0)
+        return tuple(i for i, weight in enumerate(self.constants(bank)) if weight != 0.0)
 
-    def forward(self, x: Tensor, latents: Tensor, bank: ExpertBank, context: Context) -> Routing:
-        """Return the given weights; see `Gate.forward`."""
-        return _constant([self.weights.get(name, 0.0) for name in bank.names], latents)
+    def constants(self, bank: ExpertBank) -> list[float]:
+        """Return the given weights, 0 for experts not named."""
+        return [self.coefficients.get(name, 0.0) for name in bank.names]
 
 
 class TaskGate(Gate):
@@ -85,8 +106,3 @@ class TaskGate(Gate):
                 "none. Pass `expert=` to the network, or choose a gate that does not need it."
             )
         return context.expert, context.active
-
-
-def _constant(weights: list[float], latents: Tensor) -> Routing:
-    row = torch.tensor(weights, dtype=gate_dtype(latents.dtype), device=latents.device)
-    return Routing(row.expand(*latents.shape[:-2], -1), None, None)
