@@ -8,7 +8,7 @@ import pytest
 import reference_losses
 import torch
 from builders import IN, OneLayer, assert_near, experts_of, layer_of, randomise
-from reference import dense_layer, expert_outputs, rotate_rows
+from reference import Expert, dense_layer, expert_outputs, rotate_rows
 from test_memory_bound import IN as WIDE_IN
 from test_memory_bound import TOKENS, WIDEST, TensorCounter, build
 
@@ -159,3 +159,18 @@ def test_angles_are_summed_up_only_when_somebody_wants_them():
     assert outputs["layer"].angle_stats is not None
     layer, x = built(RotMoLEGate, context=Context())
     assert recorded(layer, x)[1].inputs is x
+
+
+def test_experts_of_a_shared_a_learn_to_keep_apart():
+    """HydraLoRA: one A, several B that train."""
+    first, *others = experts_of(3, ranks=(2,)).values()
+    experts = {f"e{i}": Expert(first.lora_A, e.lora_B, e.scaling) for i, e in enumerate((first, *others))}
+    layer = layer_of(experts, StretchGate, trainable=True).double()
+    x = torch.randn(5, IN, dtype=torch.float64)
+    _, record = recorded(layer, x)
+    every = torch.stack(expert_outputs(x, list(experts.values())), 1)
+    every = every.gather(1, record.indices.unsqueeze(-1).expand(-1, -1, every.shape[-1]))
+    gram = kept_gram(layer, record)
+    assert_near(gram, every @ every.mT, 1e-12, "gram")
+    orthogonality(gram, torch.ones(5)).backward()
+    assert all(weight.grad.abs().max() > 0 for weight in layer.bank.parameters())
