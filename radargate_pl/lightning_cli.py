@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 import radargate_pl.data  # noqa: F401 - short names such as "FlanMixture" are found once their module is loaded
 from radargate_pl import callbacks
 from radargate_pl.callbacks import RunCheckpoint, RunProgressBar
+from radargate_pl.config_classes import own_defaults
 from radargate_pl.config_errors import ConfigCheck
 from radargate_pl.config_schema import find_class, named_classes, nearest, parser_schema
 from radargate_pl.config_sources import (
@@ -128,7 +129,8 @@ class RadarGateCLI(LightningCLI):
         merged = self._check(line)
         text = yaml.safe_dump(merged.plain(), sort_keys=False)
         rest = [f"{word}=true" if word[2:] in FLAGS and not _has_value(line, word[2:]) else word for word in line.rest]
-        self.config = parser.parse_args([line.subcommand, f"--config={text}", *rest])
+        with own_defaults():
+            self.config = parser.parse_args([line.subcommand, f"--config={text}", *rest])
 
     def _check(self, line: CommandLine) -> Located:
         """Merges the files; every mistake in them and on the command line is raised at once."""

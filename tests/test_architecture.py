@@ -12,7 +12,7 @@ PACKAGE = ROOT / "radargate_pl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"ops", "losses", "auxiliary_losses"},
+    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered"},
     1: {
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
         *("gates", "prototypes", "rank_rotation", "rotation_function", "rotations"),
@@ -36,10 +36,10 @@ LAYERS = {
     4: {"data"},
     5: {
         *("module", "auxiliary_terms", "steps", "metrics", "checkpoint", "expert_gradients", "parameter_groups"),
-        *("provenance", "callbacks"),
+        *("provenance", "search", "callbacks"),
     },
     6: {
-        *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors"),
+        *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
 }
