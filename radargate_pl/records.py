@@ -1,10 +1,11 @@
 """What gates did in a forward: recorded on request, without hooks or globals (layer 2)."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class AngleStatistics:
     All are indexed by the expert's position among those present at the layer, in float64.
 
     Attributes:
-        pairs: rotated planes per output, out // 2.
+        pairs: planes each expert is rotated in, E numbers: out // 2, or half its own rank for a rotation of latents.
         count: tokens that kept the expert, (E,).
         mean_sum: sum over tokens and planes of the angle, (E,), radians.
         abs_sum: the same of its absolute value.
@@ -37,7 +38,7 @@ class AngleStatistics:
         cosine_count: tokens in those sums, (E, E).
     """
 
-    pairs: int
+    pairs: tuple[int, ...]
     count: Tensor
     mean_sum: Tensor
     abs_sum: Tensor
@@ -48,11 +49,16 @@ class AngleStatistics:
     cosine_count: Tensor
 
     @classmethod
-    def zeros(cls, pairs: int, num_experts: int, device: torch.device | None = None) -> "AngleStatistics":
-        """Return empty sums for a layer."""
-        vectors = [torch.zeros(num_experts, dtype=torch.float64, device=device) for _ in range(5)]
-        matrices = [torch.zeros(num_experts, num_experts, dtype=torch.float64, device=device) for _ in range(3)]
-        return cls(pairs, *vectors, *matrices)
+    def zeros(cls, pairs: Sequence[int], device: torch.device | None = None) -> "AngleStatistics":
+        """Return empty sums for a layer whose experts are rotated in that many planes each."""
+        vectors = [torch.zeros(len(pairs), dtype=torch.float64, device=device) for _ in range(5)]
+        matrices = [torch.zeros(len(pairs), len(pairs), dtype=torch.float64, device=device) for _ in range(3)]
+        return cls(tuple(pairs), *vectors, *matrices)
+
+    @property
+    def angle_count(self) -> Tensor:
+        """Angles behind the sums: tokens times planes, (E,)."""
+        return self.count * torch.tensor(self.pairs, dtype=self.count.dtype, device=self.count.device)
 
     def __add__(self, other: "AngleStatistics") -> "AngleStatistics":
         """Pool two sets of sums of the same layer."""
@@ -70,8 +76,8 @@ class GateOutput:
         logits: (..., E), or ``None``.
         experts: names of the experts present at the layer, E of them.
         tokens: real tokens, (examples, length) bool, or ``None`` when every position counts.
-        angle_stats: sums over angles; ``None`` without a rotation of outputs.
-        angles: (..., K, out // 2) in radians, only when asked for by name.
+        angle_stats: sums over angles; ``None`` without a rotation.
+        angles: (..., K, planes) in radians, in the order of ``indices``, only when asked for by name.
         latents: latents of the evaluated experts before any rotation, (..., E, r), only when asked for.
         inputs: input of the layer, (..., in), beside ``latents`` where the rotation of these needs it.
     """
@@ -147,8 +153,8 @@ def record_gates(
         path, rotation = paths[id(layer)], layer.gate.rotation
         tokens = layer.context.tokens.get(layer.gate.site.stream)
         output = GateOutput(*routing, experts=layer.bank.names, tokens=tokens)
-        if rotation.acts_on_outputs and (statistics or path in angles):
-            output.angle_stats, output.angles = _observe(layer, h, routing, tokens, path in angles)
+        if statistics or path in angles:
+            output.angle_stats, output.angles = _observe(layer, x, h, routing, tokens, path in angles)
         if latents:
             output.latents = h
             output.inputs = None if type(rotation).latents is Rotation.latents else x
@@ -164,51 +170,89 @@ def record_gates(
             layer.recorder = previous[path]
 
 
+class _Slot(NamedTuple):
+    """One kept output of every token: expert (T,), before and after rotation (T, out), angles (T, planes)."""
+
+    expert: Tensor
+    before: Tensor
+    after: Tensor
+    angles: Tensor
+    counted: Tensor  # 1 where the token is real and keeps the expert, (T,)
+
+
 @torch.no_grad()
 def _observe(
-    layer: MoELinear, latents: Tensor, routing: Routing, tokens: Tensor | None, keep_angles: bool
-) -> tuple[AngleStatistics, Tensor | None]:
-    bank, rotation = layer.bank, layer.gate.rotation
-    stats = AngleStatistics.zeros(bank.out_features // 2, bank.num_experts, latents.device)
-    mask = token_mask(tokens, latents.shape[:-2], stats.count).flatten()  # (T,)
-    latents = latents.flatten(0, -3).to(routing.weights.dtype)  # as in `mix`
+    layer: MoELinear, x: Tensor, latents: Tensor, routing: Routing, tokens: Tensor | None, keep_angles: bool
+) -> tuple[AngleStatistics | None, Tensor | None]:
+    bank, acts_on_outputs = layer.bank, layer.gate.rotation.acts_on_outputs
+    latent_angles = layer.gate.rotation.latent_angles(x.flatten(0, -2))
+    if not acts_on_outputs and (latent_angles is None or not latent_angles.shape[-1]):
+        return None, None
+    mask = token_mask(tokens, latents.shape[:-2], routing.weights.double()).flatten()  # (T,)
     indices = None if routing.indices is None else routing.indices.flatten(0, -2)
     flat = Routing(routing.weights.flatten(0, -2), indices, None)
-    total, _, outputs = kept_outputs(latents, flat, bank, layer.combine)
-    kept, befores, afters, chosen = [], [], [], []
+    latents = latents.flatten(0, -3).to(routing.weights.dtype)  # as in `mix`
+    if latent_angles is None:
+        slots = _turned_outputs(layer, latents, flat, mask)
+        stats = AngleStatistics.zeros([bank.out_features // 2] * bank.num_experts, mask.device)
+    else:
+        slots = _turned_latents(layer, x.flatten(0, -2), latents, latent_angles, flat, mask)
+        stats = AngleStatistics.zeros([rank // 2 for rank in bank.ranks], mask.device)
     sample = mask.nonzero().squeeze(-1)[:COSINE_TOKENS]
-    for output in outputs:
-        before, after, angles = rotated_output(latents, total, output, bank, rotation)
-        if angles is None:
-            continue
-        expert = torch.as_tensor(output.expert, device=latents.device).expand(mask.shape[0])
-        _add_angles(stats, expert, angles, mask)
-        befores.append(before[sample])
-        afters.append(after[sample])
-        chosen.append(expert[sample])
+    sampled, experts, angles = [], [], []
+    for slot in slots:
+        _add_angles(stats, slot)
+        sampled.append(_Slot(*(part[sample] for part in slot)))
         if keep_angles:
-            kept.append(angles)
-    _add_cosines(stats, chosen, befores, afters)
-    shape = (*routing.weights.shape, -1)
-    return stats, torch.stack(kept, dim=-2).reshape(shape) if kept else None
+            experts.append(slot.expert)
+            angles.append(slot.angles)
+    _add_cosines(stats, sampled)
+    if not angles:
+        return stats, None
+    together = torch.stack(angles, dim=-2)
+    if indices is not None:  # a combination may have put the experts into another order
+        position = (indices.unsqueeze(-1) == torch.stack(experts, dim=-1).unsqueeze(-2)).int().argmax(-1)
+        together = together.take_along_dim(position.unsqueeze(-1), dim=-2)
+    return stats, together.unflatten(0, routing.weights.shape[:-1])
 
 
-def _add_angles(stats: AngleStatistics, expert: Tensor, angles: Tensor, mask: Tensor) -> None:
-    wide = angles.double()
-    stats.count.index_add_(0, expert, mask)
-    stats.mean_sum.index_add_(0, expert, wide.sum(-1) * mask)
-    stats.abs_sum.index_add_(0, expert, wide.abs().sum(-1) * mask)
-    stats.square_sum.index_add_(0, expert, wide.square().sum(-1) * mask)
-    stats.beyond_sum.index_add_(0, expert, (wide.abs() > math.pi / 4).sum(-1) * mask)
+def _turned_outputs(layer: MoELinear, latents: Tensor, routing: Routing, mask: Tensor) -> Iterator[_Slot]:
+    bank, rotation = layer.bank, layer.gate.rotation
+    total, weights, outputs = kept_outputs(latents, routing, bank, layer.combine)
+    for weight, output in zip(weights.unbind(-1), outputs, strict=True):
+        before, after, angles = rotated_output(latents, total, output, bank, rotation)
+        if angles is not None:
+            expert = torch.as_tensor(output.expert, device=mask.device).expand(mask.shape)
+            yield _Slot(expert, before, after, angles, mask * (weight != 0))
 
 
-def _add_cosines(stats: AngleStatistics, chosen: list[Tensor], befores: list[Tensor], afters: list[Tensor]) -> None:
-    for first in range(len(chosen)):
-        for second in range(first):
-            for rows, columns in ((chosen[first], chosen[second]), (chosen[second], chosen[first])):
-                for sums, outputs in ((stats.cosine_before, befores), (stats.cosine_after, afters)):
-                    cosine = F.cosine_similarity(outputs[first].double(), outputs[second].double(), dim=-1)
-                    sums.index_put_((rows, columns), cosine, accumulate=True)
-                stats.cosine_count.index_put_(
-                    (rows, columns), torch.ones_like(rows, dtype=torch.float64), accumulate=True
-                )
+def _turned_latents(
+    layer: MoELinear, x: Tensor, latents: Tensor, angles: Tensor, routing: Routing, mask: Tensor
+) -> Iterator[_Slot]:
+    weights, indices, _ = routing
+    rotated = layer.gate.rotation.latents(latents, x, indices)
+    for slot, weight in enumerate(weights.unbind(-1)):
+        expert = torch.full(mask.shape, slot, device=mask.device) if indices is None else indices[:, slot]
+        before, after = (layer.bank.lift(h, expert) for h in (latents, rotated))
+        own = angles.take_along_dim(expert[:, None, None], dim=-2).squeeze(-2)
+        yield _Slot(expert, before, after, own, mask * (weight != 0))
+
+
+def _add_angles(stats: AngleStatistics, slot: _Slot) -> None:
+    wide = slot.angles.double()
+    stats.count.index_add_(0, slot.expert, slot.counted)
+    stats.mean_sum.index_add_(0, slot.expert, wide.sum(-1) * slot.counted)
+    stats.abs_sum.index_add_(0, slot.expert, wide.abs().sum(-1) * slot.counted)
+    stats.square_sum.index_add_(0, slot.expert, wide.square().sum(-1) * slot.counted)
+    stats.beyond_sum.index_add_(0, slot.expert, (wide.abs() > math.pi / 4).sum(-1) * slot.counted)
+
+
+def _add_cosines(stats: AngleStatistics, slots: list[_Slot]) -> None:
+    for first, second in itertools.combinations(slots, 2):
+        both = first.counted * second.counted
+        before = F.cosine_similarity(first.before.double(), second.before.double(), dim=-1)
+        after = F.cosine_similarity(first.after.double(), second.after.double(), dim=-1)
+        for cell in ((first.expert, second.expert), (second.expert, first.expert)):
+            stats.cosine_before.index_put_(cell, before * both, accumulate=True)
+            stats.cosine_after.index_put_(cell, after * both, accumulate=True)
+            stats.cosine_count.index_put_(cell, both, accumulate=True)

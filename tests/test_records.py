@@ -12,7 +12,8 @@ import torch
 from builders import IN, OUT, OneLayer, OneLinear, bank_of, batch, experts_of, gated_llama, layer_of, randomise
 from reference import expert_outputs, rotate_rows
 
-from radargate_pl.gates import Context, RadarGate, RotationGate, StretchGate
+from radargate_pl.combines import COMBINES
+from radargate_pl.gates import Context, RadarGate, RotationGate, Routing, StretchGate
 from radargate_pl.moe import attach, moe_layers
 from radargate_pl.records import AngleStatistics, record_gates
 
@@ -104,7 +105,7 @@ def test_angle_statistics_equal_hand_computation_with_padding_left_out(gate: typ
             cosines["cosine_before"][a, b] += before[a] @ before[b] / before[a].norm() / before[b].norm()
             cosines["cosine_after"][a, b] += after[a] @ after[b] / after[a].norm() / after[b].norm()
             cosines["cosine_count"][a, b] += 1
-    assert stats.pairs == pairs
+    assert stats.pairs == (pairs,) * 4
     for name, value in (expected | cosines).items():
         got = getattr(stats, name)
         assert got.dtype == torch.float64
@@ -112,15 +113,51 @@ def test_angle_statistics_equal_hand_computation_with_padding_left_out(gate: typ
     assert expected["beyond_sum"].sum() > 0
 
 
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_angles_stay_with_their_experts_under_a_combination_that_reorders_them(top_k: int) -> None:
+    layer, x = layer_of(experts_of(4), partial(RadarGate, top_k=top_k)), torch.randn(6, IN, dtype=torch.float64)
+    randomise(layer.gate.double())
+    layer.combine = COMBINES["gram_schmidt"]
+    with record_gates(OneLayer(layer), angles=["layer"]) as recorded:
+        layer(x)
+    output = recorded["layer"]
+    assert (output.indices.diff(dim=-1) < 0).any()  # by weight, not by expert
+    for expert in range(4):
+        own = output.angles[output.indices == expert]
+        assert output.angle_stats.count[expert] == own.shape[0]
+        torch.testing.assert_close(output.angle_stats.abs_sum[expert], own.abs().sum(), rtol=1e-12, atol=1e-14)
+
+
+class FirstOnly(RadarGate):
+    """All experts in order, and weight 0 for all but the first."""
+
+    def forward(self, x, latents, bank, context):
+        weights = torch.zeros(*latents.shape[:-1], dtype=latents.dtype)
+        weights[..., 0] = 1
+        return Routing(weights, None, None)
+
+
+def test_experts_of_weight_zero_are_not_counted() -> None:
+    layer = layer_of(experts_of(3), FirstOnly)
+    randomise(layer.gate.double())
+    with record_gates(OneLayer(layer)) as recorded:
+        layer(torch.randn(5, IN, dtype=torch.float64))
+    stats = recorded["layer"].angle_stats
+    assert stats.count.tolist() == [5, 0, 0]
+    assert stats.abs_sum[0] > 0
+    assert stats.abs_sum[1:].tolist() == [0, 0]
+    assert not stats.cosine_count.any()
+
+
 def test_angle_statistics_add_up() -> None:
-    first, second = AngleStatistics.zeros(3, 2), AngleStatistics.zeros(3, 2)
+    first, second = AngleStatistics.zeros((3, 3)), AngleStatistics.zeros((3, 3))
     first.count += torch.tensor([1.0, 2.0])
     second.count += torch.tensor([3.0, 4.0])
     second.cosine_after += 1
     total = first + second
     assert total.count.tolist() == [4, 6]
     assert total.cosine_after.tolist() == [[1, 1], [1, 1]]
-    assert total.pairs == 3
+    assert total.pairs == (3, 3)
     assert first.count.tolist() == [1, 2]
 
 

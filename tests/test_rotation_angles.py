@@ -7,7 +7,7 @@ from tiny_runs import CATEGORIES, LAYERS, RecordingLogger, adapters, fit, gated_
 
 from radargate_pl.callbacks import RotationAngleMonitor, RunCheckpoint
 from radargate_pl.callbacks.rotation_angles import summarize_angles
-from radargate_pl.gates import StretchGate
+from radargate_pl.gates import RotMoLEGate, StretchGate
 from radargate_pl.records import AngleStatistics, record_gates
 
 
@@ -17,7 +17,7 @@ def library(tmp_path_factory):
 
 
 def test_angles_are_summarised_by_hand():
-    statistics = AngleStatistics.zeros(2, 3)  # two planes, three experts
+    statistics = AngleStatistics.zeros((2, 2, 2))  # two planes, three experts
     # expert 0: one token with angles 0.5 and -0.1; expert 1: two tokens, 1.0 and 0.2, then 0 and 0
     statistics.count += torch.tensor([1.0, 2.0, 0.0])
     statistics.mean_sum += torch.tensor([0.4, 1.2, 0.0], dtype=torch.float64)
@@ -106,6 +106,27 @@ def test_an_idle_rotation_is_told_at_the_end_of_a_short_fit(library, tmp_path):
 def test_a_rotation_that_turns_is_not_warned_about(library, tmp_path):
     options = {"val_check_interval": 2, "check_val_every_n_epoch": None}
     fit(gated_lm(library, lr=5e-2), tmp_path, RotationAngleMonitor(), **options)  # warnings are errors here
+
+
+def test_rotations_of_latents_are_monitored_too(library, tmp_path):
+    monitor, logger = RotationAngleMonitor(every_n_steps=2), RecordingLogger()
+    options = {"val_check_interval": 4, "check_val_every_n_epoch": None}
+    lm, batches = gated_lm(library, RotMoLEGate, lr=5e-2), two_row_batches()
+    fit(lm, tmp_path, monitor, logger=logger, module=batches, **options)
+    rows = read_rows(tmp_path / "angles.csv")
+    assert [(row["layer"], row["expert"]) for row in rows] == [(layer, e) for layer in LAYERS for e in CATEGORIES]
+    squares, angles = 0.0, 0
+    for batch in batches.evaluation:
+        lm.network.eval()
+        with torch.no_grad(), record_gates(lm.network.backbone, angles=LAYERS) as gates:
+            lm.network(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        for output in gates.values():
+            turned = output.angles[batch["attention_mask"].bool()].double()  # (tokens, kept, one plane: rank 2)
+            squares, angles = squares + float(turned.square().sum()), angles + turned.numel()
+    assert monitor.latest_rms == pytest.approx(math.sqrt(squares / angles), rel=1e-5)
+    assert monitor.latest_rms > 0.02
+    assert logger.values("val/angle_rms")[-1][1] == monitor.latest_rms
+    assert float(rows[0]["cosine_before"]) != float(rows[0]["cosine_after"])
 
 
 def test_a_gate_without_rotation_writes_no_angles(library, tmp_path):

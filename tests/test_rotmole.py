@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
 import torch
 from builders import IN, OUT, assert_near, bank_of, experts_of, layer_of, randomise, recorded
 from gate_cases import COUNT, TOKENS, Case, build, inputs
-from reference_rotations import dense_rotated_layer, rank_angles
+from reference import expert_outputs
+from reference_rotations import dense_rotated_layer, rank_angles, rank_rotated_outputs
 from torch import Tensor
 
 from radargate_pl.experts import ExpertBank
@@ -165,6 +167,54 @@ def test_any_gate_may_take_it_and_the_ranks_are_bound_by_the_layer(trunk_rank: i
     state["gate.scorer.weight"] = torch.zeros(COUNT, 11, dtype=torch.float64)
     expected = dense_rotated_layer(x, list(experts.values()), state, gate="RotMoLEGate", top_k=COUNT)
     assert_near(layer(x), expected.output, 1e-12, "output")
+
+
+@pytest.mark.parametrize("ranks", [(4,), (5, 8, 1, 2)], ids=str)
+@pytest.mark.parametrize("top_k", [1, 2, COUNT])
+@pytest.mark.parametrize("padded", [False, True])
+def test_recorded_angles_and_their_statistics_equal_hand_computation(ranks: tuple, top_k: int, padded: bool) -> None:
+    context = Context()
+    experts = wide_experts(ranks)
+    layer = layer_of(experts, partial(RotMoLEGate, top_k=top_k), context=context)
+    randomise(layer.gate.double())
+    x = wide_inputs(6).view(2, 3, 11)
+    real = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.bool) if padded else torch.ones(2, 3, dtype=torch.bool)
+    context.replace(tokens={"decoder": real} if padded else {})
+    _, record = recorded(layer, x)
+    state = dict(layer.named_parameters())
+    indices = torch.arange(COUNT).expand(2, 3, COUNT) if record.indices is None else record.indices
+    before, after = expert_outputs(x, list(experts.values())), []
+    for row in x:
+        after.append(torch.stack(rank_rotated_outputs(row, list(experts.values()), state), dim=1))
+    sums = {name: torch.zeros(COUNT, dtype=torch.float64) for name in ("count", "mean_sum", "abs_sum", "square_sum")}
+    cosines = {name: torch.zeros(COUNT, COUNT, dtype=torch.float64) for name in ("cosine_before", "cosine_after")}
+    for row, position in itertools.product(range(2), range(3)):
+        kept = indices[row, position].tolist()
+        for slot, expert in enumerate(kept):
+            planes = layer.bank.ranks[expert] // 2
+            angles = rank_angles(x[row, position : position + 1], state, expert, planes)[0]
+            if planes:
+                assert_near(record.angles[row, position, slot, :planes], angles, 1e-12, "angles")
+            assert (record.angles[row, position, slot, planes:] == 0).all()
+            if real[row, position]:
+                for name, value in (("count", 1), ("mean_sum", angles.sum()), ("abs_sum", angles.abs().sum())):
+                    sums[name][expert] += value
+                sums["square_sum"][expert] += angles.square().sum()
+        for a, b in itertools.permutations(kept if real[row, position] else [], 2):
+            first = (before[a][row, position], before[b][row, position])
+            second = (after[row][position, a], after[row][position, b])
+            cosines["cosine_before"][a, b] += torch.cosine_similarity(*first, dim=0)
+            cosines["cosine_after"][a, b] += torch.cosine_similarity(*second, dim=0)
+    stats = record.angle_stats
+    assert stats.pairs == tuple(rank // 2 for rank in layer.bank.ranks)
+    for name, value in (sums | cosines).items():
+        torch.testing.assert_close(getattr(stats, name), value, rtol=1e-10, atol=1e-12, msg=name)
+    planes = torch.tensor(stats.pairs)
+    assert torch.equal(stats.angle_count, stats.count * planes)
+
+
+def test_experts_of_rank_1_leave_nothing_to_record() -> None:
+    assert recorded(built((1,)), wide_inputs())[1].angle_stats is None
 
 
 @pytest.mark.parametrize("kind", ["one", "identical", "zero"])

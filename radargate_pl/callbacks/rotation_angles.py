@@ -53,7 +53,7 @@ def summarize_angles(statistics: AngleStatistics, expert: int | None = None) -> 
     """
     chosen = slice(None) if expert is None else expert
     tokens = _sum(statistics.count, chosen)
-    angles = tokens * statistics.pairs
+    angles = _sum(statistics.angle_count, chosen)
     pairs = _sum(statistics.cosine_count, chosen)
     return AngleSummary(
         tokens=tokens,
@@ -155,7 +155,7 @@ class RotationAngleMonitor(Callback):
         if not pool or trainer.sanity_checking:
             return
         square_sum = sum(float(statistics.square_sum.sum()) for statistics in pool.values())
-        angles = sum(float(statistics.count.sum()) * statistics.pairs for statistics in pool.values())
+        angles = sum(float(statistics.angle_count.sum()) for statistics in pool.values())
         self.latest_rms = _ratio(square_sum, angles) ** 0.5
         log_to_loggers(trainer, {f"{stage}/angle_rms": self.latest_rms})
         if trainer.state.fn != "fit":
@@ -184,9 +184,9 @@ class RotationAngleMonitor(Callback):
         self._has_warned = True
         rank_zero_warn(
             f"The rotation hardly turns anything: RMS angle {self.latest_rms:.4f} rad after {step} steps (below "
-            f"{self.warn_below} rad), so the gate behaves like StretchGate. Set angle_norm: rms, which makes angles "
-            "independent of the size of the experts' outputs; if it is set already, raise the learning rate or train "
-            "longer"
+            f"{self.warn_below} rad), so the gate behaves like StretchGate. With RadarGate and RotationGate set "
+            "angle_norm: rms, which makes angles independent of the size of the experts' outputs; if it is set "
+            "already, raise the rotation's learning rate (model.lr_multipliers: {rotation: 5}) or train longer"
         )
 
     def state_dict(self) -> dict[str, Any]:
