@@ -17,10 +17,8 @@ from radargate_pl.losses import example_mean_cross_entropy
 from radargate_pl.metrics import TaskScore, TaskScores, named_scores, score_examples
 from radargate_pl.networks import GatedNetwork, LabelledLogits
 from radargate_pl.parameter_groups import optimizer_and_schedule
-from radargate_pl.steps import CompletedStep, EvaluationOutput, Prediction, StepOutput
-
-# (stage, finished optimiser steps) -> whether that batch's gates are wanted; stages are train, val and test.
-WantsGates = Callable[[str, int], bool]
+from radargate_pl.search import check_search
+from radargate_pl.steps import CompletedStep, EvaluationOutput, Prediction, StepOutput, WantsGates
 
 
 class AdaptedLM(LightningModule):
@@ -167,6 +165,11 @@ class AdaptedLM(LightningModule):
         loss = loss + self.auxiliary_losses.add(auxiliary, num_examples)
         return {"loss": loss * (num_examples / self._full_batch), "gates": gates}
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients, unless nothing has one because the gate is searched."""
+        if loss.requires_grad:
+            super().backward(loss, *args, **kwargs)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> EvaluationOutput:
         """Score one batch; returns its ``gates`` and ``scores``."""
         return self._score(batch, "val")
@@ -240,6 +243,7 @@ class AdaptedLM(LightningModule):
 
     def on_train_start(self) -> None:
         """Start counting examples."""
+        check_search(self)
         # Any constant that is the same on all ranks will do: it cancels in configure_gradient_clipping. The usual batch
         # size makes the returned loss the plain mean.
         self._full_batch = int(getattr(self._datamodule, "batch_size", 1))

@@ -1,5 +1,6 @@
 """What the steps of the LightningModule hand on (layer 5)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
@@ -8,6 +9,9 @@ from torch import Tensor
 from radargate_pl.metrics import ExampleScores
 from radargate_pl.networks import LabelledLogits
 from radargate_pl.records import GateOutput
+
+# (stage, finished optimiser steps) -> whether that batch's gates are wanted; stages are train, val and test.
+WantsGates = Callable[[str, int], bool]
 
 
 class StepOutput(NamedTuple):
