@@ -22,12 +22,15 @@ from torch.utils._pytree import tree_leaves
 
 from radargate_pl.gates import (
     Context,
+    ExpertChoiceGate,
     FixedGate,
+    NexusGate,
     RadarGate,
     RotationGate,
     RotMoLEGate,
     StretchGate,
     TaskGate,
+    TutelGate,
     UniformGate,
 )
 from radargate_pl.moe import MoELinear
@@ -47,6 +50,9 @@ GATES = [
     *(partial(RadarGate, top_k=k, rotation_sharing="per_expert", rotation_rank=2) for k in (2, EXPERTS)),
     partial(RadarGate, rotation_rank="full", angle_bound=1.0, temperature="learned", output_scale="learned"),
     *(partial(RotMoLEGate, top_k=k, trunk_rank=r) for k, r in ((2, None), (EXPERTS, 2))),
+    *(partial(TutelGate, top_k=k, kind=kind, projection=64) for k in (2, EXPERTS) for kind in ("linear", "cosine")),
+    *(partial(NexusGate, top_k=k) for k in (1, 2, EXPERTS)),
+    ExpertChoiceGate,
     UniformGate,
     partial(FixedGate, weights={f"e{i}": 1.0 / (i + 1) for i in range(0, EXPERTS, 3)}),
     TaskGate,
