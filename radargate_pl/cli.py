@@ -51,6 +51,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> None:
     _quieten()
+    # A config may name classes of a file in the working directory (`class_path: my_gates.MyGate`), which an installed
+    # script does not search; last, so that nothing there can take the place of an installed package.
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.append(str(Path.cwd()))
     from radargate_pl.lightning_cli import RadarGateCLI, class_to_explain, print_class_help
 
     name = class_to_explain(words)

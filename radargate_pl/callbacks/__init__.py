@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Callback
 
+from radargate_pl.callbacks.announcement import GateAnnouncement
 from radargate_pl.callbacks.expert_load import ExpertLoadMonitor
 from radargate_pl.callbacks.loss_convergence import LossConvergenceMonitor
 from radargate_pl.callbacks.progress import RunProgressBar
@@ -14,6 +15,7 @@ from radargate_pl.callbacks.sample_generations import SampleGenerations
 # What every run of the command line has, by the name of its section in the config. The summary comes last, after all
 # that it reads and speaks of; Lightning itself moves checkpoints behind all others.
 DEFAULTS: dict[str, type[Callback]] = {
+    "announcement": GateAnnouncement,
     "progress": RunProgressBar,
     "rotation_angles": RotationAngleMonitor,
     "expert_load": ExpertLoadMonitor,
@@ -27,6 +29,7 @@ DEFAULTS: dict[str, type[Callback]] = {
 __all__ = [
     "DEFAULTS",
     "ExpertLoadMonitor",
+    "GateAnnouncement",
     "LossConvergenceMonitor",
     "ResultWriter",
     "RotationAngleMonitor",

@@ -179,9 +179,10 @@ def _summaries_so_far(path: Path) -> dict[str, Any]:
 def _network_facts(pl_module: Any) -> dict[str, Any]:
     network = getattr(pl_module, "network", None)
     if network is None:  # it failed before it was built
-        return {"gate": None, "fingerprints": None, "parameters": None}
+        return {"gate": None, "combine": None, "fingerprints": None, "parameters": None}
     return {
         "gate": network.describe(),
+        "combine": network.combine,
         "fingerprints": network.fingerprints,
         "parameters": count_parameters(network),
     }
