@@ -30,6 +30,7 @@ LAYERS = {
             "gate_folder",
             "class_specs",
             "expert_library",
+            "domains",
             "joining_experts",
         ),
     },
@@ -40,6 +41,7 @@ LAYERS = {
     },
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
+        *("domain_command",),
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
 }

@@ -136,7 +136,7 @@ def test_it_says_once_what_evaluation_does(caplog: pytest.LogCaptureFixture) -> 
 def test_edge_cases_give_no_nan(training: bool) -> None:
     experts = experts_of(3)
     zero = {n: Expert(e.lora_A, torch.zeros_like(e.lora_B), e.scaling) for n, e in experts.items()}
-    same = {n: experts["e0"] for n in experts}
+    same = dict.fromkeys(experts, experts["e0"])
     for case in (experts_of(1), zero, same):
         layer = layer_in_float64(ExpertChoiceGate, case, top_k=1).train(training)
         assert_finite(layer, inputs())

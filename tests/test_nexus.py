@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -327,7 +326,7 @@ def test_at_one_expert_per_token_only_the_denominator_grows() -> None:
 def test_edge_cases_give_no_nan(top_k: int) -> None:
     experts = experts_of(3)
     zero = {n: Expert(e.lora_A, torch.zeros_like(e.lora_B), e.scaling) for n, e in experts.items()}
-    same = {n: experts["e0"] for n in experts}
+    same = dict.fromkeys(experts, experts["e0"])
     for case in (experts_of(1), zero, same):
         layer = layer_in_float64(NexusGate, case, top_k=min(top_k, len(case)))
         with torch.no_grad():

@@ -107,7 +107,7 @@ def test_every_parameter_learns_from_the_start(kind: str, top_k: int) -> None:
 def test_edge_cases_give_no_nan(kind: str, top_k: int) -> None:
     experts = experts_of(3)
     zero = {n: Expert(e.lora_A, torch.zeros_like(e.lora_B), e.scaling) for n, e in experts.items()}
-    same = {n: experts["e0"] for n in experts}
+    same = dict.fromkeys(experts, experts["e0"])
     for case in (experts_of(1), zero, same):
         layer = layer_in_float64(TutelGate, case, kind=kind, top_k=min(top_k, len(case)))
         assert_finite(layer, inputs())
