@@ -107,7 +107,7 @@ def expert_choice_weights(
     training: bool = False,
     real: Sequence[bool] | None = None,
 ) -> tuple:
-    """ExpertChoiceGate; `real` tells which tokens are no padding. In training there are no chosen sets of equal size."""
+    """ExpertChoiceGate; `real` tells which tokens are no padding. In training nothing is chosen token by token."""
     logits = x @ state["gate.scorer.weight"].T
     if not training:
         weights, chosen = keep_after_softmax(logits, top_k, normalize=False)

@@ -1,4 +1,4 @@
-"""TutelGate: its rule of normalising, its cosine scorer, its noise; against the dense oracle and Tutel's own formulas."""
+"""TutelGate: its rule of normalising, cosine scorer and noise, against the dense oracle and Tutel's own formulas."""
 
 from __future__ import annotations
 

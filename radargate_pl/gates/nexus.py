@@ -162,8 +162,8 @@ def domain_embeddings(bank: ExpertBank, source: DomainSource, site: Site) -> tup
     if source == "prototype" or without:
         if source == "auto":
             say_once(
-                f"NexusGate knows experts by their prototypes, since {without} have no domain embedding. Make them with "
-                f"`{COMMAND}`, or choose domains: prototype."
+                f"NexusGate knows experts by their prototypes, since {without} have no domain embedding. Make them "
+                f"with `{COMMAND}`, or choose domains: prototype."
             )
         found = prototypes(bank)
         if bank.trainable and not found.any():
