@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from radargate_pl.adapter_checks import backbone_misfits, config_misfits, record_misfits
 from radargate_pl.adapter_config import CONFIG_FILE, fingerprinted_fields, read_lora_config, scaling_of
+from radargate_pl.domains import DOMAIN_FILE, read_domain
 from radargate_pl.expert_files import EXPERT_FILE, WEIGHTS_FILE, read_expert_record, read_tensors, save_adapter
 from radargate_pl.fingerprints import fingerprint_state, fingerprint_tensors
 from radargate_pl.hub import hub_error, is_hub_id
@@ -38,6 +40,7 @@ class Adapter:
         lora_A: module path to (r, in).
         lora_B: module path to (out, r).
         shared_A: whether it was saved as one of several experts with one A; those read together hold the same tensors.
+        domain: embedding of its training data, (m,) float32, where `radargate_pl.domains` made one.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Adapter:
     lora_A: dict[str, Tensor]
     lora_B: dict[str, Tensor]
     shared_A: bool
+    domain: Tensor | None = None
 
 
 def resolve_adapters(experts: str | Sequence[str] | Mapping[str, str]) -> dict[str, Path]:
@@ -166,7 +170,7 @@ def _located(where: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(where, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, EXPERT_FILE]))
+        return Path(snapshot_download(where, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, EXPERT_FILE, DOMAIN_FILE]))
     except (OSError, ValueError) as error:
         raise hub_error("adapter", where, error) from error
 
@@ -184,11 +188,12 @@ def _load(name: str, folder: Path, model: nn.Module, backbone_fingerprint: str |
     fingerprint = fingerprint_tensors([folder / WEIGHTS_FILE], fingerprinted_fields(config))
     if record is not None:
         problems += record_misfits(record, fingerprint, backbone_fingerprint)
+    domain = _tried(partial(read_domain, backbone_fingerprint=backbone_fingerprint), folder, problems)
     if problems:
         raise ValueError("\n".join(problems))
     shared_A = record is not None and record["shared_A"] == fingerprint_state(lora_A)
     scaling = {path: scaling_of(config, path) for path in lora_A}
-    return Adapter(name, folder, fingerprint, scaling, lora_A, lora_B, shared_A)
+    return Adapter(name, folder, fingerprint, scaling, lora_A, lora_B, shared_A, domain)
 
 
 def _tried(read: Callable[[Path], T], folder: Path, problems: list[str]) -> T | None:

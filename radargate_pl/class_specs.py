@@ -2,14 +2,13 @@
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 from radargate_pl.gates import Gate
 from radargate_pl.rotations import Rotation
 
 
-def factory_of(spec: dict[str, Any], *, trust_code: bool = False) -> Callable[..., Any]:
+def factory_of(spec: dict[str, Any], *, trust_code: bool = False) -> functools.partial[Any]:
     """Return what makes a gate (or rotation) from its site, as `radargate_pl.arguments.spec_of` described it.
 
     Args:

@@ -24,6 +24,7 @@ def loaded_banks(adapters: list[Adapter], dtype: torch.dtype, *, trainable: bool
     """
     library = tuple(adapter.name for adapter in adapters)
     bank_class = TrainableExpertBank if trainable else ExpertBank
+    domains = {adapter.name: adapter.domain for adapter in adapters if adapter.domain is not None}
     banks = {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.lora_A):
         present = [adapter for adapter in adapters if path in adapter.lora_A]
@@ -33,6 +34,7 @@ def loaded_banks(adapters: list[Adapter], dtype: torch.dtype, *, trainable: bool
         lora_B = {adapter.name: cast[id(adapter.lora_B[path])] for adapter in present}
         scaling = {adapter.name: adapter.scaling[path] for adapter in present}
         banks[path] = bank_class(lora_A, lora_B, scaling, library=library)
+        banks[path].domains = domains
     return banks
 
 

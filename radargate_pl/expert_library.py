@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from radargate_pl.adapter_config import CONFIG_FILE
+from radargate_pl.domains import DOMAIN_FILE
 from radargate_pl.expert_files import EXPERT_FILE, WEIGHTS_FILE, save_adapter
 from radargate_pl.folders import replacing_folder
 
@@ -28,8 +29,8 @@ def save_experts(network: "GatedNetwork", folder: Path) -> dict[str, str]:
         return {name: _write_expert(network, name, folder / name) for name in network.experts}
     for adapter in network.adapters:
         with replacing_folder(folder / adapter.name) as new:
-            for name in (CONFIG_FILE, WEIGHTS_FILE, EXPERT_FILE):
-                if name != EXPERT_FILE or (adapter.folder / name).is_file():
+            for name in (CONFIG_FILE, WEIGHTS_FILE, EXPERT_FILE, DOMAIN_FILE):
+                if name in (CONFIG_FILE, WEIGHTS_FILE) or (adapter.folder / name).is_file():
                     shutil.copyfile(adapter.folder / name, new / name)
     return dict(network.fingerprints["experts"])
 

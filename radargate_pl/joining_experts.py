@@ -27,10 +27,11 @@ def with_new_experts(
     Raises:
         ValueError: when the gate has parameters of each expert, or a name is taken.
     """
-    if not gate.func.takes_new_experts:
+    gate_class: Any = gate.func
+    if not gate_class.takes_new_experts:
         raise ValueError(
             f"Expected a gate that experts can join without training (NexusGate, ArrowGate) for add_experts, but "
-            f"{gate.func.__name__} has parameters of its own for each expert. Fit it again over all of them."
+            f"{gate_class.__name__} has parameters of its own for each expert. Fit it again over all of them."
         )
     before: dict[str, Path] = resolve_adapters(experts)
     taken = sorted(set(before) & set(new))
@@ -56,7 +57,16 @@ def with_new_rows(saved: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> d
 
     Returns:
         The saved tensors, longer where the fresh ones have more rows.
+
+    Raises:
+        ValueError: when new experts have layers at which the gate was not fitted.
     """
+    without = sorted({key.partition(".gate.")[0] for key in fresh if key not in saved})
+    if without:
+        raise ValueError(
+            f"Expected experts that join to have no layers but those the gate was fitted at, but they bring {without}. "
+            "Fit a gate over all of them."
+        )
     return {
         key: torch.cat([tensor, fresh[key][len(tensor) :].cpu()])
         if key in fresh and tensor.dim() > 0 and len(fresh[key]) > len(tensor)
