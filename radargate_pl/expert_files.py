@@ -200,9 +200,14 @@ def _config(
         lora_alpha=_whole(usual),  # PEFT computes with fractions too
         use_rslora=use_rslora,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        rank_pattern={re.escape(path): A.shape[0] for path, A in lora_A.items() if A.shape[0] != rank},
-        alpha_pattern={re.escape(path): _whole(alphas[path]) for path in lora_A if alphas[path] != usual},
+        rank_pattern=_sorted({path: A.shape[0] for path, A in lora_A.items() if A.shape[0] != rank}),
+        alpha_pattern=_sorted({path: _whole(alphas[path]) for path in lora_A if alphas[path] != usual}),
     )
+
+
+def _sorted(pattern: dict[str, Any]) -> dict[str, Any]:
+    # PEFT writes its JSON sorted; the order of patterns is part of the fingerprint.
+    return dict(sorted((re.escape(path), value) for path, value in pattern.items()))
 
 
 def _whole(alpha: float) -> float | int:

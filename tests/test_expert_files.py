@@ -139,3 +139,19 @@ def test_the_fingerprint_is_of_tensors_and_scaling_only(tmp_path):
     assert written(tmp_path / "elsewhere" / "b", backbone="other", backbone_fingerprint="sha256:9") == first
     for changes in ({"alpha": 16}, {"use_rslora": True}, {"seed": 1}):
         assert written(tmp_path / "c", **changes) != first
+
+
+def test_ranks_and_alphas_that_differ_by_layer_are_read_back_whatever_the_order(tmp_path):
+    """PEFT sorts its JSON, and the fingerprint counts the order of patterns: layers given unsorted."""
+    model = llama()
+    layers = dict(sorted(target_linears(model, ["q_proj", "v_proj", "k_proj"]).items(), reverse=True))
+    ranks = {path: 2 + index % 3 for index, path in enumerate(layers)}
+    written(
+        tmp_path / "one",
+        lora_A={path: torch.randn(ranks[path], layer.in_features) for path, layer in layers.items()},
+        lora_B={path: torch.randn(layer.out_features, ranks[path]) for path, layer in layers.items()},
+        alpha={path: 3.0 * rank for path, rank in ranks.items()},
+        target_modules=sorted(layers),
+    )
+    (adapter,) = load_adapters([str(tmp_path / "one")], model)
+    assert adapter.scaling == dict.fromkeys(adapter.lora_A, 3.0)
