@@ -32,6 +32,7 @@ LAYERS = {
             "expert_library",
             "domains",
             "joining_experts",
+            "fixed_compositions",
         ),
     },
     4: {"data"},
@@ -133,3 +134,22 @@ def test_help_loads_no_more_than_lightning_does():
     """So that --help is as quick as that of a bare LightningCLI, which measures 0.9 to 1.1 of it."""
     bare = heavy("import lightning.pytorch.cli")
     assert heavy("import radargate_pl.lightning_cli") == bare
+
+
+def code_lines(node: ast.ClassDef) -> int:
+    """Lines of a class without docstrings, comments, decorators and blank lines."""
+    bodies = [node, *(item for item in node.body if isinstance(item, ast.FunctionDef))]
+    docs = {
+        line
+        for body in bodies
+        if ast.get_docstring(body)
+        for line in range(body.body[0].lineno, body.body[0].end_lineno + 1)
+    }
+    return len({n.lineno for n in ast.walk(node) if hasattr(n, "lineno")} - docs)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "gates").glob("*.py")), ids=lambda path: path.name)
+def test_a_gate_stays_under_forty_lines(path):
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            assert code_lines(node) <= 40, f"{node.name}: {code_lines(node)}"
