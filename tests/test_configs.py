@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from radargate_pl.cli import main
-from radargate_pl.gates import ALL_GATES, Site
+from radargate_pl.gates import ALL_GATES, DirectLoRA, FixedGate, PEMs, Site
 from radargate_pl.gates.base import NoRotation
 from radargate_pl.rank_rotation import RankRotation
 from radargate_pl.rotations import RadarRotation
@@ -17,6 +17,7 @@ from radargate_pl.rotations import RadarRotation
 ROOT = Path(__file__).parent.parent
 CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
 OVERRIDES = {name for name in CONFIGS if name.split("/")[0] in ("architectures", "gates", "trainer")}
+OVERRIDES |= {"rules/union.yaml", "rules/union_wide.yaml"}
 BASES = sorted(CONFIGS.keys() - OVERRIDES)
 
 # Class and rotation of each override, with its line: every argument it does not name is the class's own default.
@@ -24,6 +25,14 @@ SOFTMAX = "top_k=2, scorer=x, temperature=1.0, renormalize=auto, output_scale=1.
 ANGLES = "rotation_rank=8, rotation_sharing=shared, angle_norm={}, angle_bound=None"
 TUTEL = "TutelGate(top_k=2, kind={}, projection=256, normalize=True, noise=0.0, rotation=NoRotation())"
 GATES = {
+    "arrow": (
+        "ArrowGate",
+        NoRotation,
+        "ArrowGate(top_k=3, temperature=1.0, norm_input=False, scale=False, rotation=NoRotation())",
+    ),
+    "direct": ("DirectLoRA", NoRotation, "DirectLoRA(expert=gsm8k)"),
+    "lorahub": ("LoraHub", NoRotation, "LoraHub()"),
+    "pems": ("PEMs", NoRotation, "PEMs(weights={'gsm8k': 1.0, 'aqua': 1.0}, normalize=True)"),
     "expert_choice": (
         "ExpertChoiceGate",
         NoRotation,
@@ -40,6 +49,9 @@ GATES = {
     "tutel_cosine": ("TutelGate", NoRotation, TUTEL.format("cosine")),
     "uniform": ("UniformGate", NoRotation, "UniformGate()"),
 }
+
+
+NAMED = (DirectLoRA, FixedGate, PEMs)  # cannot be built without the names of experts
 
 
 @pytest.fixture
@@ -80,7 +92,7 @@ def assert_gate(gate, override):
 
 def test_every_kind_of_config_is_found():
     kinds = {name.split("/")[0] for name in CONFIGS}
-    assert kinds >= {"architectures", "debug.yaml", "flan", "flan_v2", "gates", "quickstart", "trainer"}
+    assert kinds >= {"architectures", "debug.yaml", "flan", "flan_v2", "gates", "quickstart", "rules", "trainer"}
     assert {f"gates/{name}.yaml" for name in GATES} == {name for name in CONFIGS if name.startswith("gates/")}
 
 
@@ -124,7 +136,7 @@ def test_gates_on_top_of_every_base(parsed, base, override):
     assert_gate(build_gate(parsed(*with_configs(base, f"gates/{override}.yaml"))), override)
 
 
-@pytest.mark.parametrize("cls", [cls for cls in ALL_GATES if cls.__name__ != "FixedGate"], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [cls for cls in ALL_GATES if cls not in NAMED], ids=lambda cls: cls.__name__)
 def test_gates_by_name_on_the_command_line(parsed, cls):
     words = with_configs("quickstart/radargate.yaml", "gates/radargate_paper.yaml")
     config = parsed(*words, "--model.network.gate", cls.__name__, "--model.network.init_args.dropout", "0.25")
@@ -182,3 +194,28 @@ def test_paper_settings(parsed):
     for name in ("flan/experts.yaml", "flan/radargate.yaml", "quickstart/experts.yaml", "quickstart/radargate.yaml"):
         (line,) = [line for line in CONFIGS[name].read_text().splitlines() if "lr:" in line]
         assert "1.0e-4" in line.partition("#")[2], name
+
+
+@pytest.mark.parametrize(("name", "rank", "alpha"), [("union", 8, 32), ("union_wide", 72, 288)])
+def test_union_rows_are_one_expert_for_all_tasks(parsed, name, rank, alpha):
+    config = parsed(*with_configs("flan/experts.yaml", f"rules/{name}.yaml"))
+    network = config["model"]["network"]["init_args"]
+    new = network["new_experts"]
+    assert (new["per"], new["rank"], new["alpha"], new["target_modules"]) == (
+        "union",
+        rank,
+        alpha,
+        ["q_proj", "v_proj"],
+    )
+    assert (network["train"], network["dropout"]) == ("experts", 0.1)
+
+
+def test_lorahub_searches_five_examples_a_task_in_one_batch(parsed):
+    config = parsed(*with_configs("rules/lorahub.yaml"))
+    optimizer, data = config["model"]["optimizer"], config["data"]["init_args"]
+    assert optimizer["class_path"] == "radargate_pl.search.NevergradSearch"
+    wanted = {"budget": 40, "bound": 1.5, "penalty": 0.05, "seed": 42, "algorithm": "NGOpt"}
+    assert optimizer["init_args"] == wanted
+    assert config["trainer"]["max_steps"] == wanted["budget"]
+    assert (data["max_examples"], data["batch_size"]) == (5, 9 * 5)
+    assert config["model"]["network"]["init_args"]["combine"] == "separate"
