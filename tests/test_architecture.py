@@ -56,7 +56,7 @@ OUTSIDE = {
     2: set(),
     3: {"transformers", "peft", "safetensors", "huggingface_hub", "tokenizers", "gguf", "filelock", "lightning"},
     4: {"transformers", "datasets", "lightning", "reasoning_gym", "pyarrow", "numpy", "huggingface_hub", "jinja2"},
-    5: {"lightning", "torchmetrics"},
+    5: {"lightning", "torchmetrics", "nevergrad"},
     6: {"lightning", "jsonargparse", "yaml", "safetensors", "matplotlib", "tensorboard"},
 }
 
