@@ -49,11 +49,30 @@ class DomainProjection(Float32Module):
         down = torch.empty(site.in_features, hidden, dtype=torch.float32)
         self.up = nn.Parameter(up.uniform_(-1, 1, generator=generator))
         self.down = nn.Parameter(down.uniform_(-bound, bound, generator=generator))
+        self._remembered = Remembered()
 
     def forward(self, domains: Tensor) -> Tensor:
         """Project domain embeddings (n, m) to expert embeddings (n, h); a zero row stays zero."""
         gate, value = F.linear(domains, self.up).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * value, self.down)
+
+    def in_blocks(self, domains: Tensor) -> Tensor:
+        """Project domain embeddings (n, m), 16 at a time, to (n and zeros up to a multiple of 16, h).
+
+        What comes out is kept in evaluation mode without gradients, until the domains or the projection change.
+        """
+
+        def project() -> Tensor:
+            padded = F.pad(domains, (0, 0, 0, -domains.shape[0] % BLOCK))
+            return torch.cat([self(block) for block in padded.split(BLOCK)])
+
+        if self.training or torch.is_grad_enabled():
+            return project()
+        return self._remembered.get((domains, self.up, self.down), project)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._remembered.forget()
+        return super()._apply(fn, recurse)
 
 
 class NexusGate(Gate):
@@ -101,7 +120,6 @@ class NexusGate(Gate):
             raise ValueError(f"Expected domains to be 'auto', 'data' or 'prototype', but got {domains!r}.")
         self.top_k, self.hidden, self.domains = top_k, hidden, domains
         self.rotation = rotation(site)
-        self._remembered = Remembered()
 
     def bind(self, bank: ExpertBank) -> None:
         """Look up the experts' domains and make the projection, whose width they decide."""
@@ -119,20 +137,8 @@ class NexusGate(Gate):
         return Routing(weights, indices, logits)
 
     def expert_embeddings(self) -> Tensor:
-        """Return ``e_i`` of the experts, then zeros up to a multiple of 16: (.., h); kept while nothing trains."""
-        if self.training or torch.is_grad_enabled():
-            return self._projected()
-        weights = (self.domain_embeddings, self.projection.up, self.projection.down)
-        return self._remembered.get(weights, self._projected)
-
-    def _projected(self) -> Tensor:
-        missing = -self.domain_embeddings.shape[0] % BLOCK
-        blocks = F.pad(self.domain_embeddings, (0, 0, 0, missing)).split(BLOCK)
-        return torch.cat([self.projection(block) for block in blocks])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._remembered.forget()
-        return super()._apply(fn, recurse)
+        """Return ``e_i`` of the experts, then zeros up to a multiple of 16: (.., h)."""
+        return self.projection.in_blocks(self.domain_embeddings)
 
 
 def domain_embeddings(bank: ExpertBank, source: DomainSource, site: Site) -> tuple[DomainSource, Tensor]:
