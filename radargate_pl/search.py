@@ -1,8 +1,10 @@
 """LoraHub's search without gradients, as an optimiser in Lightning's own loop (layer 5)."""
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,7 +115,7 @@ class NevergradSearch(Optimizer):
 
     def _propose(self) -> tuple[Tensor, Any]:
         try:
-            proposal = self._method.ask() if self._pending is None else self._pending
+            proposal = _ask(self._method) if self._pending is None else self._pending
         except Exception as error:  # whatever a method of nevergrad's raises, e.g. for the installed numpy
             raise ValueError(
                 f"Expected nevergrad's {self.algorithm} to propose candidate {len(self.losses) + 1} of {self.budget}, "
@@ -180,6 +182,24 @@ def _method(count: int, budget: int, bound: float, seed: int, algorithm: str) ->
     array = nevergrad.p.Array(init=[0.0] * count, lower=-bound, upper=bound)
     array.random_state.seed(seed)
     return nevergrad.optimizers.registry[algorithm](parametrization=array, budget=budget, num_workers=1)
+
+
+def _ask(method: Any) -> Any:
+    """Ask from a daemon thread, which the threads that nevergrad starts for scipy's methods inherit.
+
+    Such a thread waits for the next loss for ever: a search that ends before its budget would keep the process from
+    ending.
+    """
+    answer: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(method.ask())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return answer.result()
 
 
 def check_search(lm: "AdaptedLM") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -171,6 +172,23 @@ def test_a_method_of_nevergrads_that_fails_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(search._method, "ask", lambda: 1 / 0)
     with pytest.raises(ValueError, match=r"NGOpt to propose candidate 2 of 40.*division by zero.*OnePlusOne"):
         search.step(distance(weights))
+
+
+def test_a_search_that_stops_early_lets_the_process_end() -> None:
+    """nevergrad runs scipy's methods in threads that wait for a next loss; a reference cycle keeps them from ending."""
+    code = """if True:
+        import torch
+        from radargate_pl.search import NevergradSearch
+        weights = torch.nn.Parameter(torch.zeros(9))
+        search = NevergradSearch([weights], budget=40)
+        for _ in range(5):
+            search.step(lambda: weights.detach().square().sum())
+        search.itself = search
+        print("done")
+    """
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 # ---- in Lightning's loop, over the random experts of a tiny backbone
