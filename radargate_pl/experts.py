@@ -1,6 +1,7 @@
 """The LoRA experts of one linear layer, evaluated from their rank-sized latents (layer 1)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Self
 
 import torch
@@ -12,6 +13,7 @@ from radargate_pl.ops import gate_dtype, one_hot_like, pack_latents
 from radargate_pl.precision import Float32Module
 
 LAYER_NORM_EPS = 1e-8
+BLOCK = 8  # experts in one GEMM, where an expert that joins must leave the results of the others alone
 
 
 class ExpertBank(Float32Module):
@@ -36,6 +38,9 @@ class ExpertBank(Float32Module):
         scaling: their scalings.
         ranks: their own ranks; ``rank`` is the largest.
         shares_A: whether several experts have one A (HydraLoRA).
+        in_blocks: whether experts are evaluated eight at a time, the last ones beside zeros. The sums inside a GEMM
+            depend on its shape, which then does not change when an expert joins: weighted sums of the others stay the
+            same to the last bit. For gates that experts can join.
         domains: expert of the library to the embedding of its training data, (m,); ``None`` when nobody gave any.
 
     Raises:
@@ -67,6 +72,7 @@ class ExpertBank(Float32Module):
         self.in_features = lora_A[self.names[0]].shape[1]
         self.out_features = lora_B[self.names[0]].shape[0]
         self.shares_A = len(self.names) > 1 and len({id(lora_A[name]) for name in self.names}) == 1
+        self.in_blocks = False
         self._cache: dict[str, tuple[Tensor, int, Tensor]] = {}  # name -> (weights, their version, value)
         self._store([lora_A[name] for name in self.names], [lora_B[name] for name in self.names])
 
@@ -125,9 +131,14 @@ class ExpertBank(Float32Module):
             (..., E, r) (or (..., len(active), r)) in the experts' dtype; without the scaling.
         """
         stacked = self._stacked_A(active)
-        latents = F.linear(x.to(stacked.dtype), stacked).unflatten(-1, (-1, self.rank))
+        if self.in_blocks and active is None and not self.shares_A:
+            padded = F.pad(stacked, (0, 0, 0, -stacked.shape[0] % (BLOCK * self.rank)))
+            parts = [F.linear(x.to(stacked.dtype), block) for block in padded.split(BLOCK * self.rank)]
+            latents = torch.cat(parts, -1)[..., : stacked.shape[0]]
+        else:
+            latents = F.linear(x.to(stacked.dtype), stacked)
         chosen = self.num_experts if active is None else len(active)
-        return latents.expand(*x.shape[:-1], chosen, self.rank)
+        return latents.unflatten(-1, (-1, self.rank)).expand(*x.shape[:-1], chosen, self.rank)
 
     def total(self, latents: Tensor) -> Tensor:
         """Compute ``S = sum_i v_i`` from the latents of all experts: (..., E, r) to (..., out), float32."""
@@ -180,9 +191,10 @@ class ExpertBank(Float32Module):
         chosen = self.scaling if active is None else tuple(self.scaling[index] for index in active)
         if len(chosen) == 1:  # weight and scale after B like PEFT, equal to it bit for bit
             return self._lift_packed(latents.flatten(-2), active) * chosen[0] * weights
-        if len(set(chosen)) == 1:  # after B, as PEFT does: bfloat16 latents are not rounded once more
-            return self._lift_packed(pack_latents(latents, weights), active) * chosen[0]
-        return self._lift_packed(pack_latents(latents, weights * weights.new_tensor(chosen)), active)
+        if len(set(chosen)) > 1:  # relative to the first: those scaled like it do not notice another scaling
+            weights = weights * (weights.new_tensor(chosen) / chosen[0])
+        # The scale after B, as PEFT does: bfloat16 latents are not rounded once more.
+        return self._lift_packed(pack_latents(latents, weights), active) * chosen[0]
 
     def norms(self, latents: Tensor) -> Tensor:
         """Compute the norms ``|v_i| = sqrt(h_i B_i^T B_i h_i^T)`` of all experts: (..., E, r) to (..., E), float32."""
@@ -255,8 +267,18 @@ class ExpertBank(Float32Module):
         return lora_B * self._scaling_like(lora_B)[:, None, None]
 
     def _lift_packed(self, packed: Tensor, active: tuple[int, ...] | None = None) -> Tensor:
-        stacked = self._stacked_B(active)
-        return F.linear(packed, stacked.to(packed.dtype)).to(gate_dtype(packed.dtype))
+        if not self.in_blocks or active is not None:
+            stacked = self._stacked_B(active)
+            return F.linear(packed, stacked.to(packed.dtype)).to(gate_dtype(packed.dtype))
+        blocks = self._cached("blocks", self._B_in_blocks).to(packed.dtype)
+        width = blocks.shape[-1]
+        padded = F.pad(packed, (0, -packed.shape[-1] % width))
+        lifted = [F.linear(part, block) for part, block in zip(padded.split(width, -1), blocks, strict=True)]
+        return reduce(torch.add, (part.to(gate_dtype(packed.dtype)) for part in lifted))
+
+    def _B_in_blocks(self) -> Tensor:  # (blocks, out, BLOCK * r)
+        stacked, width = self._stacked_B(None), BLOCK * self.rank
+        return torch.stack(F.pad(stacked, (0, -stacked.shape[1] % width)).split(width, dim=1))
 
     def _pad(self, weight: Tensor, dim: int) -> Tensor:
         missing = self.rank - weight.shape[dim]

@@ -127,6 +127,7 @@ def attach(
         site = Site(path, bank.in_features, bank.out_features, bank.rank, bank.names, stream)
         layer_gate = gate(site)
         layer_gate.bind(bank)
+        bank.in_blocks = layer_gate.takes_new_experts
         COMBINES[combine].check(layer_gate, bank)
         layer_gate.rotation.bind(bank)
         layer = MoELinear(base_layer, bank, layer_gate, context, COMBINES[combine].suited(layer_gate), dropout)

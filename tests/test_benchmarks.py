@@ -74,7 +74,7 @@ def test_every_gate_over_a_library(
     monkeypatch.setattr(sys, "argv", [*words, "--workers", "1"])
     module.main()
     table = (tmp_path / "runs" / library / "table.md").read_text().splitlines()
-    assert len(table) == 2 + len(module.rows(list(EXPERTS))) + 3
+    assert len(table) == 2 + len(module.rows(list(EXPERTS), module.LIBRARIES[library])) + 3
     (stretch,) = [line for line in table if line.startswith("| StretchGate (MoLE)")]
     cells = [cell.strip() for cell in stretch.strip("|").split("|")]
     assert cells[1:] == ["0.2500", "0.75", "1e-3", "0.5000 / 0.2500 / 0.5000", "1,234", "1.50", "2.0"]

@@ -19,10 +19,31 @@ sys.path.insert(0, str(HERE.parent))
 from commands import Job, in_parallel, mean_loss, python, radargate, summary  # noqa: E402
 
 RATES = ("3e-4", "1e-3", "3e-3")
-# Configs, data, validation examples a task (41 tasks in flan_v2).
+
+
+@dataclass
+class Library:
+    """Experts and the data they come from.
+
+    Attributes:
+        configs: folder of experts.yaml and radargate.yaml.
+        places: the tasks, below the data folder.
+        tasks: how many tasks there are.
+        validation: validation examples of each task.
+        shots: examples of each task that LoraHub searches on.
+    """
+
+    configs: str
+    places: list[str]
+    tasks: int
+    validation: int
+    shots: int
+
+
+SCIENCE = ["flan_cot/qasc.train.jsonl.gz", "flan_cot/qasc.test.jsonl.gz"]
 LIBRARIES = {
-    "flan_cot": ("configs/flan", ["flan_cot"], 16),
-    "flan_v2": ("configs/flan_v2", ["niv2", "flan_cot/qasc.train.jsonl.gz", "flan_cot/qasc.test.jsonl.gz"], 4),
+    "flan_cot": Library("configs/flan", ["flan_cot"], tasks=9, validation=16, shots=5),
+    "flan_v2": Library("configs/flan_v2", ["niv2", *SCIENCE], tasks=41, validation=4, shots=1),
 }
 OMOE = "--config=configs/architectures/omoe.yaml"
 
@@ -59,8 +80,10 @@ def rule(name: str, *words: str) -> Row:
     return Row(name, list(words), command="validate")
 
 
-def rows(names: list[str]) -> list[Row]:
+def rows(names: list[str], library: Library) -> list[Row]:
     """Every row over the library with these experts."""
+    shots, batch = f"max_examples={library.shots}", f"batch_size={library.shots * library.tasks}"
+    few = [f"--data.init_args.{shots}", f"--data.init_args.{batch}", "--trainer.max_steps=40"]
     task, arrow, apart = gate("task"), gate("arrow"), "--model.network.combine=separate"
     everyone = "{" + ", ".join(f"{name}: 1.0" for name in names) + "}"
     return [
@@ -71,7 +94,7 @@ def rows(names: list[str]) -> list[Row]:
         rule("Arrow, A and B apart (mttl)", arrow, apart),
         rule("PEMs", gate("pems"), f"--model.network.gate.weights={everyone}", apart),
         *(rule(f"DirectLoRA {name}", gate("direct"), f"--model.network.gate.expert={name}") for name in names),
-        Row("LoraHub", ["--config=configs/rules/lorahub.yaml"]),
+        Row("LoraHub", ["--config=configs/rules/lorahub.yaml", *few]),
         learned("StretchGate (MoLE)", gate("stretch")),
         learned("RotationGate", gate("rotation")),
         learned("RadarGate, paper's angles", gate("radargate_paper")),
@@ -146,24 +169,29 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of flan_cot/ and niv2/")
     parser.add_argument("--runs", default="runs/all_gates", help="folder for the run folders")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
+    parser.add_argument("--experts", help="folder of the library's experts, if they are trained already")
     parser.add_argument("--expert_steps", type=int, default=250)
-    parser.add_argument("--gate_steps", type=int, default=40)
+    parser.add_argument("--gate_steps", type=int, default=80)
     parser.add_argument("--rows", nargs="*", help="only the rows whose name begins so")
     parser.add_argument("--backbone", default="smollm2-135m-q4", help="of configs and last_config")
     parser.add_argument("--last_config", default=str(HERE / "cpu.yaml"), help="config after all others")
     args = parser.parse_args()
     runs, last = Path(args.runs).resolve() / args.library, Path(args.last_config).resolve()
-    configs, names, validation = LIBRARIES[args.library]
-    places = [str(Path(args.data).resolve() / name) for name in names]
-    data = [f"--data.init_args.tasks=[{', '.join(places)}]", f"--data.init_args.validation_examples={validation}"]
+    library = LIBRARIES[args.library]
+    configs, places = library.configs, [str(Path(args.data).resolve() / place) for place in library.places]
+    data = [f"--data.init_args.tasks=[{', '.join(places)}]"]
+    data += [f"--data.init_args.validation_examples={library.validation}"]
     training = [*data, f"--trainer.max_steps={args.expert_steps}", "--data.init_args.batch_size=8"]
-    radargate(runs / "experts", ["fit", f"--config={configs}/experts.yaml", *training], args.workers, last)
-    experts = runs / "experts" / "experts"
+    if args.experts:
+        experts = Path(args.experts).resolve()
+    else:
+        radargate(runs / "experts", ["fit", f"--config={configs}/experts.yaml", *training], args.workers, last)
+        experts = runs / "experts" / "experts"
     found = sorted(path.name for path in experts.iterdir() if path.is_dir())
     make_domains(experts, args.backbone, places, runs)
     base = [f"--config={configs}/radargate.yaml", *data, f"--model.network.experts={experts}"]
     base += [f"--trainer.max_steps={args.gate_steps}"]
-    over = [row for row in rows(found) if wanted(row, args.rows)]
+    over = [row for row in rows(found, library) if wanted(row, args.rows)]
     own = [row for row in trained_alone(configs, 8, len(found)) if wanted(row, args.rows)]
     jobs = [job for row in over for job in jobs_of(row, runs, base)]
     jobs += [job for row in own for job in jobs_of(row, runs, training)]
