@@ -131,7 +131,7 @@ class SeparateSum(Combine):
         return SeparateSum(signs_both=not gate.negates_one_factor)
 
     def check(self, gate: Gate, bank: ExpertBank) -> None:
-        """Refuse rotations, which need each expert's own output, and experts of different rank."""
+        """Refuse rotations, which need each expert's own output, other ranks, and scalings that have no root."""
         if type(gate.rotation) is not NoRotation:
             raise ValueError(
                 "Expected a gate without rotation with combine: separate, where no expert has an output of its own, "
@@ -142,6 +142,11 @@ class SeparateSum(Combine):
             raise ValueError(
                 f"Expected experts of one rank with combine: separate, which adds their A and B, but at "
                 f"{gate.site.path} found {ranks}. Choose combine: sum."
+            )
+        if min(bank.scaling) <= 0:
+            raise ValueError(
+                f"Expected scalings above 0 with combine: separate, which gives half of each to A, but at "
+                f"{gate.site.path} found {dict(zip(bank.names, bank.scaling, strict=True))}. Choose combine: sum."
             )
 
     def latents(self, latents: Tensor, routing: Routing, bank: ExpertBank, active: tuple[int, ...] | None) -> Tensor:

@@ -146,8 +146,9 @@ def routing_entropy(weights: Tensor) -> Tensor:
         >>> routing_entropy(torch.tensor([0.5, 0.5, 0.0])).round(decimals=4)
         tensor(0.6931)
     """
-    total = weights.sum(-1, keepdim=True)
-    return torch.special.entr(weights / total.clamp_min(torch.finfo(weights.dtype).tiny)).sum(-1)
+    shares = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    kept = torch.where(shares > 0, shares, 1)  # entropy 0 too, but with a finite gradient
+    return torch.special.entr(kept).sum(-1)
 
 
 def one_hot_like(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:

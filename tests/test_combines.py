@@ -156,6 +156,12 @@ def test_what_does_not_go_together_is_refused_at_start() -> None:
             built(partial(gate), combine, experts_of(COUNT, ranks=ranks))
 
 
+def test_a_scaling_without_a_root_is_refused_for_separate_sums() -> None:
+    experts = {name: e._replace(scaling=-1.0) for name, e in experts_of(2, ranks=(3,)).items()}
+    with pytest.raises(ValueError, match=r"scalings above 0 with combine: separate.*'e0': -1.0"):
+        built(partial(StretchGate), "separate", experts)
+
+
 class Ragged(UniformGate):
     """A gate that says tokens keep different numbers of experts."""
 

@@ -181,3 +181,9 @@ def test_routing_entropy_by_hand() -> None:
 )
 def test_gate_dtype_is_at_least_float32(dtype: torch.dtype, expected: torch.dtype) -> None:
     assert gate_dtype(dtype) == expected
+
+
+def test_entropy_of_weights_with_zeros_has_a_finite_gradient() -> None:
+    weights = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.0, 0.0]], requires_grad=True)
+    routing_entropy(weights).sum().backward()
+    assert weights.grad.isfinite().all()
