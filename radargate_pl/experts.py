@@ -132,9 +132,11 @@ class ExpertBank(Float32Module):
         """
         stacked = self._stacked_A(active)
         if self.in_blocks and active is None and not self.shares_A:
-            padded = F.pad(stacked, (0, 0, 0, -stacked.shape[0] % (BLOCK * self.rank)))
-            parts = [F.linear(x.to(stacked.dtype), block) for block in padded.split(BLOCK * self.rank)]
-            latents = torch.cat(parts, -1)[..., : stacked.shape[0]]
+            size = BLOCK * self.rank
+            padded = F.pad(stacked, (0, 0, 0, -stacked.shape[0] % size))
+            parts = [F.linear(x.to(stacked.dtype), block) for block in padded.split(size)]
+            parts[-1] = parts[-1][..., : stacked.shape[0] - size * (len(parts) - 1)]
+            latents = torch.cat(parts, -1)
         else:
             latents = F.linear(x.to(stacked.dtype), stacked)
         chosen = self.num_experts if active is None else len(active)
@@ -272,8 +274,9 @@ class ExpertBank(Float32Module):
             return F.linear(packed, stacked.to(packed.dtype)).to(gate_dtype(packed.dtype))
         blocks = self._cached("blocks", self._B_in_blocks).to(packed.dtype)
         width = blocks.shape[-1]
-        padded = F.pad(packed, (0, -packed.shape[-1] % width))
-        lifted = [F.linear(part, block) for part, block in zip(padded.split(width, -1), blocks, strict=True)]
+        *full, last = packed.split(width, -1)
+        parts = [*full, F.pad(last, (0, width - last.shape[-1]))]
+        lifted = [F.linear(part.contiguous(), block) for part, block in zip(parts, blocks, strict=True)]
         return reduce(torch.add, (part.to(gate_dtype(packed.dtype)) for part in lifted))
 
     def _B_in_blocks(self) -> Tensor:  # (blocks, out, BLOCK * r)

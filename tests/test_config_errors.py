@@ -72,7 +72,8 @@ def test_every_mistake_at_once(mistakes):
 def test_keys_of_the_class_in_effect_not_of_another(mistakes):
     text = "model: {network: {init_args: {gate: {class_path: StretchGate, init_args: {rotation_rank: 4}}}}}\n"
     (mistake,) = mistakes(text=text)
-    assert "StretchGate has no argument 'rotation_rank'. Accepted: renormalize, scorer, temperature, top_k." in mistake
+    assert "StretchGate has no argument 'rotation_rank'. Accepted: output_scale, " in mistake
+    assert "renormalize, scorer, temperature, top_k." in mistake
 
 
 def test_typed_on_the_command_line(mistakes):

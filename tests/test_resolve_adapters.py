@@ -83,4 +83,5 @@ def test_a_hub_id_that_is_asked_for(adapter, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     (found,) = load_adapters({"mine": "someone/lora"}, llama())
     assert found.name == "mine"
-    assert asked == [("someone/lora", ["adapter_config.json", "adapter_model.safetensors", "expert.json"])]
+    files = ["adapter_config.json", "adapter_model.safetensors", "expert.json", "domain.safetensors"]
+    assert asked == [("someone/lora", files)]

@@ -27,7 +27,7 @@ class RadarGate(StretchGate):
         rotation_rank: rank of the angle matrix theta_r = P Q; "full" trains theta_r itself.
         rotation_sharing: "shared": one P and Q per layer for all experts; "per_expert": a pair for each.
         angle_norm: "rms" makes angles independent of the size of the expert outputs; "none" is the paper's form, whose
-            angles are quadratic in outputs that are small in practice, so that it hardly rotates.
+            angles are quadratic in outputs that are small in practice, so that it hardly rotates at small rates.
         angle_bound: largest angle in radians, ``bound tanh(a / bound)``; ``None`` for no bound.
 
     Raises:
