@@ -102,7 +102,9 @@ def load_gate(
         # Another backbone or library mostly fails to fit in some detail; then that it is another one is what helps.
         saved = config["fingerprints"]
         check_fingerprint("the backbone", saved["backbone"], load_backbone(source, dtype).fingerprint)
-        _check_order(list(saved["experts"]), list(resolve_adapters(found)))
+        _check_order(
+            list(saved["experts"]), [name for name in resolve_adapters(found) if name not in (add_experts or {})]
+        )
         raise
     check_fingerprints(config["fingerprints"], without_new_experts(network.fingerprints, add_experts or {}))
     saved = read_gate_tensors(folder)

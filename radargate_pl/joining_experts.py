@@ -25,13 +25,13 @@ def with_new_experts(
         Name to path of all.
 
     Raises:
-        ValueError: when the gate has parameters of each expert, or a name is taken.
+        ValueError: when the gate is not made for experts that join, or a name is taken.
     """
     gate_class: Any = gate.func
     if not gate_class.takes_new_experts:
         raise ValueError(
             f"Expected a gate that experts can join without training (NexusGate, ArrowGate) for add_experts, but "
-            f"{gate_class.__name__} has parameters of its own for each expert. Fit it again over all of them."
+            f"{gate_class.__name__} is not made for that. Build or fit it over all of them."
         )
     before: dict[str, Path] = resolve_adapters(experts)
     taken = sorted(set(before) & set(new))

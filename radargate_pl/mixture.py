@@ -91,6 +91,7 @@ def _mix(
     weights, indices, _ = combine.arrange(routing)
     basis = combine.basis(latents, indices, bank, active)
     if basis is not None:
+        latents = latents.to(weights.dtype)  # coefficients of similar experts cancel
         if indices is None and active is not None:
             indices = torch.tensor(active, device=weights.device).expand(*weights.shape[:-1], -1)
             weights = weights[..., list(active)]

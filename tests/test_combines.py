@@ -6,13 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from builders import IN, OUT, assert_near, bank_of, experts_of, layer_of, randomise, recorded
+from builders import IN, OUT, assert_near, bank_of, experts_of, layer_of, randomise, recorded, site_of
 from gate_cases import inputs
 from reference import Expert, dense_layer
 
 from radargate_pl.combines import COMBINES
-from radargate_pl.gates import Context, FixedGate, RadarGate, StretchGate, TaskGate, UniformGate
+from radargate_pl.gates import Context, FixedGate, RadarGate, Routing, StretchGate, TaskGate, UniformGate
+from radargate_pl.mixture import mix
 from radargate_pl.moe import MoELinear
+from radargate_pl.rotations import NoRotation
 
 COUNT = 4
 GRAM_SCHMIDT = ("gram_schmidt", "gram_schmidt_unit")
@@ -144,6 +146,24 @@ def test_bfloat16_experts_are_orthogonalised_in_double() -> None:
     reference = built(partial(StretchGate, top_k=2), "gram_schmidt", wide)
     reference.load_state_dict(layer.state_dict())
     assert_near(layer(x).float(), reference(x.float()), 2**-6, "output")
+
+
+def test_similar_bfloat16_experts_are_not_rounded_to_noise() -> None:
+    """Unit lengths blow up what is left of an expert much like another one."""
+    first = experts_of(1, dtype=torch.float32, ranks=(3,))["e0"]
+    noise = 0.03 * torch.randn(first.lora_B.shape, generator=torch.Generator().manual_seed(1))
+    narrow = {
+        "e0": Expert(first.lora_A.bfloat16(), first.lora_B.bfloat16(), 1.0),
+        "e1": Expert(first.lora_A.bfloat16(), (first.lora_B + noise).bfloat16(), 1.0),
+    }
+    bank, x = bank_of(narrow), inputs(dtype=torch.bfloat16, tokens=50)
+    latents = bank.project(x)
+    wide = bank_of({name: Expert(e.lora_A.double(), e.lora_B.double(), 1.0) for name, e in narrow.items()})
+    routing = Routing(torch.full((50, 2), 0.5), None, None)
+    rotation, combine = NoRotation(site_of()), COMBINES["gram_schmidt_unit"]
+    ours = mix(latents, routing, bank, combine, rotation, x)
+    expected = mix(latents.double(), Routing(routing.weights.double(), None, None), wide, combine, rotation, x.double())
+    assert_near(ours.double(), expected, 2**-6, "mixture")
 
 
 def test_what_does_not_go_together_is_refused_at_start() -> None:

@@ -70,9 +70,17 @@ def test_layers_without_a_fitted_gate_are_named(tmp_path: Path, library: dict[st
         load(tmp_path / "gate", add_experts={"e2": library["e2"]})
 
 
+def test_what_is_wrong_with_a_newcomer_is_said(tmp_path: Path, library: dict[str, str]) -> None:
+    gate = partial(NexusGate, top_k=2, domains="data")
+    network_of("llama", gate, experts={name: library[name] for name in ("e0", "e2")}).save_pretrained(tmp_path / "gate")
+    (Path(library["e1"]) / "domain.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"\['e1'\] have none"):
+        load(tmp_path / "gate", add_experts={"e1": library["e1"]})
+
+
 def test_gates_with_parameters_of_each_expert_refuse(tmp_path: Path, library: dict[str, str]) -> None:
     network_of("llama", "radar", experts={name: library[name] for name in ("e0", "e1")}).save_pretrained(tmp_path / "g")
-    with pytest.raises(ValueError, match=r"RadarGate has parameters of its own for each expert\. Fit it again"):
+    with pytest.raises(ValueError, match=r"RadarGate is not made for that\. Build or fit it"):
         load(tmp_path / "g", add_experts={"e2": library["e2"]})
 
 
