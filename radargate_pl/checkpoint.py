@@ -16,6 +16,10 @@ class Checkpointed(Protocol):
 
     fingerprints: dict[str, Any]
 
+    @property
+    def combine(self) -> str:
+        """How kept experts are combined."""
+
     def describe(self) -> str:
         """The gate in one line."""
 
@@ -39,6 +43,7 @@ def store_network(checkpoint: dict[str, Any], network: Checkpointed) -> None:
     checkpoint[SECTION] = {
         "format_version": FORMAT_VERSION,
         "gate": network.describe(),
+        "combine": network.combine,
         "fingerprints": {
             "backbone": str(network.fingerprints["backbone"]),
             "experts": {str(name): str(value) for name, value in network.fingerprints["experts"].items()},
@@ -70,7 +75,8 @@ def restore_network(checkpoint: Mapping[str, Any], network: Checkpointed, *, is_
             "it was written by a newer radargate: upgrade this one"
         )
     problems = [
-        *_gate_problems(saved["gate"], network.describe(), is_resuming),
+        *gate_problems(saved["gate"], network.describe(), is_resuming),
+        *combine_problems(saved.get("combine", network.combine), network.combine, is_resuming),
         *_state_problems(checkpoint["state_dict"], network.trainable_state()),
         *_fingerprint_problems(saved["fingerprints"], network.fingerprints),
     ]
@@ -83,14 +89,28 @@ def restore_network(checkpoint: Mapping[str, Any], network: Checkpointed, *, is_
     network.load_trainable_state(checkpoint["state_dict"])
 
 
-def _gate_problems(saved: str, present: str, is_resuming: bool) -> Iterable[str]:
+def gate_problems(saved: str, present: str, is_resuming: bool) -> Iterable[str]:
+    """Compare the line of a saved gate with that of the one at hand.
+
+    Another class is a problem; other arguments are one when training goes on, and a warning otherwise.
+    """
+    is_other = saved.partition("(")[0] != present.partition("(")[0]
+    return _difference("gate", saved, present, is_refused=is_resuming or is_other)
+
+
+def combine_problems(saved: str, present: str, is_resuming: bool) -> Iterable[str]:
+    """Compare how kept experts were combined: a problem when training goes on, a warning otherwise."""
+    return _difference("combine", saved, present, is_refused=is_resuming)
+
+
+def _difference(what: str, saved: str, present: str, *, is_refused: bool) -> Iterable[str]:
     if saved == present:
-        return
-    difference = f"gate: the checkpoint was saved with {saved}, the configuration has {present}"
-    if is_resuming or saved.partition("(")[0] != present.partition("(")[0]:
-        yield difference
-    else:
-        rank_zero_warn(f"{difference}; going on with the configuration's arguments and the checkpoint's weights")
+        return []
+    told = f"{what}: saved with {saved}, the configuration has {present}"
+    if is_refused:
+        return [told]
+    rank_zero_warn(f"{told}; going on with the configuration's and the saved weights")
+    return []
 
 
 def _state_problems(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Iterable[str]:

@@ -58,10 +58,18 @@ class LoadGateFolder(Callback):
         self.folder = folder
 
     def _load(self, pl_module: LightningModule) -> None:
+        from radargate_pl.checkpoint import combine_problems, gate_problems
         from radargate_pl.gate_folder import check_fingerprints, read_config, read_gate_tensors
 
         network: Any = pl_module.network
-        check_fingerprints(read_config(self.folder)["fingerprints"], network.fingerprints)
+        config = read_config(self.folder)
+        check_fingerprints(config["fingerprints"], network.fingerprints)
+        problems = [
+            *gate_problems(config["gate_line"], network.describe(), is_resuming=False),
+            *combine_problems(config["combine"], network.combine, is_resuming=False),
+        ]
+        if problems:
+            raise ValueError(f"The gate folder {self.folder} does not fit this configuration: {'; '.join(problems)}.")
         network.load_gate_state(read_gate_tensors(self.folder))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

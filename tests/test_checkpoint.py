@@ -26,6 +26,8 @@ from radargate_pl.gates import RadarGate, StretchGate, UniformGate
 class FakeNetwork:
     """What a checkpoint sees of a network."""
 
+    combine = "sum"
+
     def __init__(self, gate="RadarGate(top_k=2)", shape=(2, 3), experts=None, backbone="sha256:b", names=("P", "Q")):
         self.gate = gate
         self.fingerprints = {"backbone": backbone, "experts": experts or {"e0": "sha256:0", "e1": "sha256:1"}}
@@ -290,3 +292,13 @@ def test_json_has_no_nan(tmp_path):
     write_json(tmp_path / "x.json", {"a": float("nan"), "b": [1.5, float("inf")], "c": (None, "t")})
     text = "".join((tmp_path / "x.json").read_text().split())
     assert text == '{"a":null,"b":[1.5,null],"c":[null,"t"]}'
+
+
+def test_another_combination_is_refused_when_training_goes_on_and_warned_about_otherwise():
+    checkpoint, network = {}, FakeNetwork()
+    store_network(checkpoint, network)
+    network.combine = "gram_schmidt"
+    with pytest.raises(ValueError, match="combine: saved with sum, the configuration has gram_schmidt"):
+        restore_network(checkpoint, network, is_resuming=True)
+    with pytest.warns(UserWarning, match="combine: saved with sum, the configuration has gram_schmidt"):
+        restore_network(checkpoint, network, is_resuming=False)
