@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from radargate_pl.expert_shapes import check_experts
 from radargate_pl.ops import gate_dtype, one_hot_like, pack_latents
 from radargate_pl.precision import Float32Module
+from radargate_pl.remembered import Remembered
 
 LAYER_NORM_EPS = 1e-8
 BLOCK = 8  # experts in one GEMM, where an expert that joins must leave the results of the others alone
@@ -73,7 +74,7 @@ class ExpertBank(Float32Module):
         self.out_features = lora_B[self.names[0]].shape[0]
         self.shares_A = len(self.names) > 1 and len({id(lora_A[name]) for name in self.names}) == 1
         self.in_blocks = False
-        self._cache: dict[str, tuple[Tensor, int, Tensor]] = {}  # name -> (weights, their version, value)
+        self._cache: dict[str, Remembered] = {}
         self._store([lora_A[name] for name in self.names], [lora_B[name] for name in self.names])
 
     def _store(self, lora_A: list[Tensor], lora_B: list[Tensor]) -> None:
@@ -101,15 +102,7 @@ class ExpertBank(Float32Module):
         return lora_B.flatten(1) if active is None else lora_B[:, list(active)].flatten(1)
 
     def _cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
-        if self.lora_B.is_inference():  # made in inference mode, where writes are not counted
-            return build()
-        weights, version, value = self._cache.get(name, (None, -1, None))
-        if value is None or weights is not self.lora_B or version != self.lora_B._version:
-            # Lightning validates in inference mode before it trains: a tensor made there could not be trained through.
-            with torch.inference_mode(False), torch.no_grad():
-                value = build()
-            self._cache[name] = (self.lora_B, self.lora_B._version, value)
-        return value
+        return self._cache.setdefault(name, Remembered()).get([self.lora_B], build)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._cache.clear()

@@ -1,13 +1,10 @@
 """Inner products of what each token's kept experts put out, with their graph (layer 2)."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from radargate_pl.gates import Routing
-from radargate_pl.mixture import kept_outputs, rotated_output
+from radargate_pl.mixture import kept_outputs, recomputed, rotated_output
 from radargate_pl.moe import MoELinear
 from radargate_pl.records import GateOutput
 
@@ -43,7 +40,7 @@ def kept_gram(layer: MoELinear, output: GateOutput) -> Tensor:
         weights = layer.combine.arrange(routing).weights
     else:
         active = layer.gate.active(layer.bank, layer.context)
-        gram = _recomputed(_latent_gram, layer, latents, inputs, routing, active)
+        gram = recomputed(_latent_gram, layer, latents, inputs, routing, active)
         weights = routing.weights if active is None or indices is not None else routing.weights[:, list(active)]
     kept = (weights != 0).to(gram.dtype)
     return gram * kept.unsqueeze(-1) * kept.unsqueeze(-2)
@@ -64,7 +61,7 @@ def _rotated_gram(layer: MoELinear, latents: Tensor, inputs: Tensor | None, rout
     rows: list[list[Tensor]] = []
     for j in range(slots):
         mirrored = [rows[k][j] for k in range(j)]
-        products = [_recomputed(_inner_product, layer, latents, inputs, routing, j, k) for k in range(j, slots)]
+        products = [recomputed(_inner_product, layer, latents, inputs, routing, j, k) for k in range(j, slots)]
         rows.append(mirrored + products)
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
@@ -77,8 +74,3 @@ def _inner_product(
     total, _, kept = kept_outputs(latents, routing, bank, layer.combine)
     outputs = {slot: rotated_output(latents, total, kept[slot], bank, rotation)[1] for slot in {first, second}}
     return (outputs[first] * outputs[second]).sum(-1)
-
-
-def _recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
-    product: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-    return product

@@ -67,7 +67,7 @@ def mix(
     flat = [latents.flatten(0, -3), *(None if part is None else part.flatten(0, -2) for part in routing)]
     cut = [[None] * portions if part is None else part.tensor_split(portions) for part in flat]
     mixed = [
-        _recomputed(_mix, part, Routing(*decided), bank, combine, rotation, active)
+        recomputed(_mix, part, Routing(*decided), bank, combine, rotation, active)
         for part, *decided in zip(*cut, strict=True)
     ]
     return torch.cat(mixed).unflatten(0, shape)
@@ -86,7 +86,7 @@ def _mix(
         total, weights, outputs = kept_outputs(latents, routing, bank, combine)
         mixed = torch.zeros_like(total)
         for weight, output in zip(weights.unbind(-1), outputs, strict=True):
-            mixed = mixed + _recomputed(_stretched, latents, total, weight, output, bank, rotation)
+            mixed = mixed + recomputed(_stretched, latents, total, weight, output, bank, rotation)
         return mixed
     weights, indices, _ = combine.arrange(routing)
     basis = combine.basis(latents, indices, bank, active)
@@ -154,7 +154,9 @@ def _stretched(
     return weight.unsqueeze(-1) * rotated_output(latents, total, output, bank, rotation)[1]
 
 
-def _recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
+    """Call a function whose intermediate tensors are made again in the backward pass instead of being kept."""
     if not torch.is_grad_enabled():
         return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return result

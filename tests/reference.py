@@ -146,13 +146,17 @@ def stretch_weights(
     *,
     top_k: int = 2,
     scorer: str = "x",
-    temperature: float = 1.0,
+    temperature: float | str = 1.0,
     renormalize: str = "auto",
-) -> tuple:
-    """StretchGate and RadarGate: softmax, the k largest, renormalised or not."""
+    output_scale: float | str = 1.0,
+) -> tuple[Tensor, Tensor, list]:
+    """Softmax at a temperature, the k largest, renormalised or not, times a factor; both given or learned."""
     theta = state["gate.scorer.weight"]
-    logits = scores_of_input(x, theta) if scorer == "x" else scores_of_experts(outputs, theta)
-    return *softmax_top_k(logits, top_k, temperature, renormalize)[:1], logits / temperature, choose(logits, top_k)
+    tau = torch.exp(state["gate.log_temperature"]) if temperature == "learned" else temperature
+    factor = state["gate.output_scale_weight"] if output_scale == "learned" else output_scale
+    logits = (scores_of_input(x, theta) if scorer == "x" else scores_of_experts(outputs, theta)) / tau
+    weights, chosen = softmax_top_k(logits, top_k, 1.0, renormalize)
+    return weights * factor, logits, chosen
 
 
 def norm_weights(

@@ -20,32 +20,9 @@ from reference import (
     expert_outputs,
     largest_norms,
     rotate_rows,
-    scores_of_experts,
-    scores_of_input,
-    softmax_top_k,
+    stretch_weights,
 )
 from torch import Tensor
-
-
-def scaled_stretch_weights(
-    x: Tensor,
-    outputs: Sequence[Tensor],
-    experts: Sequence[Expert],
-    state: Mapping[str, Tensor],
-    *,
-    top_k: int = 2,
-    scorer: str = "x",
-    temperature: float | str = 1.0,
-    renormalize: str = "auto",
-    output_scale: float | str = 1.0,
-) -> tuple[Tensor, Tensor, list]:
-    """Softmax at a temperature, the k largest, renormalised or not, times a factor; both given or learned."""
-    theta = state["gate.scorer.weight"]
-    tau = torch.exp(state["gate.log_temperature"]) if temperature == "learned" else temperature
-    factor = state["gate.output_scale_weight"] if output_scale == "learned" else output_scale
-    logits = (scores_of_input(x, theta) if scorer == "x" else scores_of_experts(outputs, theta)) / tau
-    weights, chosen = softmax_top_k(logits, top_k, 1.0, renormalize)
-    return weights * factor, logits, chosen
 
 
 def angle_matrix(state: Mapping[str, Tensor], expert: int, rotation_rank: int | str, rotation_sharing: str) -> Tensor:
@@ -111,7 +88,7 @@ def dense_rotated_layer(
         weights, chosen = largest_norms(outputs, options["top_k"])
         logits = None
     else:
-        weights, logits, chosen = scaled_stretch_weights(x, outputs, experts, state, **options)
+        weights, logits, chosen = stretch_weights(x, outputs, experts, state, **options)
         assert chosen == choose(logits, options.get("top_k", 2))
     angles = None
     if gate in ("RadarGate", "RotationGate"):
