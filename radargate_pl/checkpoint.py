@@ -23,15 +23,15 @@ class Checkpointed(Protocol):
     def describe(self) -> str:
         """The gate in one line."""
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """What trains, by the names of the file format."""
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """What trains and what gates keep beside it, by the names of the file format."""
 
-    def load_trainable_state(self, state: Mapping[str, Tensor], /) -> None:
-        """Read ``trainable_state`` back, strictly."""
+    def load_checkpoint_state(self, state: Mapping[str, Tensor], /) -> None:
+        """Read ``checkpoint_state`` back, strictly."""
 
 
 def store_network(checkpoint: dict[str, Any], network: Checkpointed) -> None:
-    """Replace the checkpoint's weights by what trains, and add what they belong to.
+    """Replace the checkpoint's weights by what trains and what gates keep fixed, and add what they belong to.
 
     Only tensors, dicts, strings and numbers go in, so that the file opens with ``weights_only=True``.
 
@@ -39,7 +39,7 @@ def store_network(checkpoint: dict[str, Any], network: Checkpointed) -> None:
         checkpoint: Lightning's checkpoint, changed in place.
         network: the network being saved.
     """
-    checkpoint["state_dict"] = {name: tensor.detach() for name, tensor in network.trainable_state().items()}
+    checkpoint["state_dict"] = {name: tensor.detach() for name, tensor in network.checkpoint_state().items()}
     checkpoint[SECTION] = {
         "format_version": FORMAT_VERSION,
         "gate": network.describe(),
@@ -77,7 +77,7 @@ def restore_network(checkpoint: Mapping[str, Any], network: Checkpointed, *, is_
     problems = [
         *gate_problems(saved["gate"], network.describe(), is_resuming),
         *combine_problems(saved.get("combine", network.combine), network.combine, is_resuming),
-        *_state_problems(checkpoint["state_dict"], network.trainable_state()),
+        *_state_problems(checkpoint["state_dict"], network.checkpoint_state()),
         *_fingerprint_problems(saved["fingerprints"], network.fingerprints),
     ]
     if problems:
@@ -86,7 +86,7 @@ def restore_network(checkpoint: Mapping[str, Any], network: Checkpointed, *, is_
             + "\n".join(f"  - {problem}" for problem in problems)
             + "\nUse the config.yaml that lies in the checkpoint's run folder, or start a new run without --ckpt_path"
         )
-    network.load_trainable_state(checkpoint["state_dict"])
+    network.load_checkpoint_state(checkpoint["state_dict"])
 
 
 def gate_problems(saved: str, present: str, is_resuming: bool) -> Iterable[str]:

@@ -67,21 +67,21 @@ def _pooled(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
     return real.sum(1) / lengths
 
 
-def write_domain(folder: Path, embedding: Tensor, *, backbone_fingerprint: str, samples: int) -> None:
+def write_domain(folder: Path, embedding: Tensor, *, backbone_fingerprint: str, samples: int | None = None) -> None:
     """Write an expert's domain embedding beside its adapter, whole or not at all.
 
     Args:
         folder: the expert's PEFT folder.
         embedding: (m,).
         backbone_fingerprint: of the backbone that made it.
-        samples: how many texts it is the mean of.
+        samples: how many texts it is the mean of, where that is known.
 
     Raises:
         OSError: when it cannot be written.
     """
     from safetensors.torch import save
 
-    metadata = {"backbone": backbone_fingerprint, "samples": str(samples)}
+    metadata = {"backbone": backbone_fingerprint} | ({} if samples is None else {"samples": str(samples)})
     content = save({KEY: embedding.detach().float().cpu().contiguous()}, metadata=metadata)
     save_atomically(folder / DOMAIN_FILE, lambda file: _write(file, content))
 

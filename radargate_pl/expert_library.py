@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from radargate_pl.adapter_config import CONFIG_FILE
-from radargate_pl.domains import DOMAIN_FILE
+from radargate_pl.domains import DOMAIN_FILE, write_domain
 from radargate_pl.expert_files import EXPERT_FILE, WEIGHTS_FILE, save_adapter
 from radargate_pl.folders import replacing_folder
 
@@ -26,7 +26,12 @@ def save_experts(network: "GatedNetwork", folder: Path) -> dict[str, str]:
         Expert name to fingerprint of what was written.
     """
     if network.train_part != "gate":
-        return {name: _write_expert(network, name, folder / name) for name in network.experts}
+        written = {name: _write_expert(network, name, folder / name) for name in network.experts}
+        for adapter in network.adapters:  # what an expert was trained on is not changed by training it on
+            if adapter.domain is not None:
+                backbone = network.fingerprints["backbone"]
+                write_domain(folder / adapter.name, adapter.domain, backbone_fingerprint=backbone)
+        return written
     for adapter in network.adapters:
         with replacing_folder(folder / adapter.name) as new:
             for name in (CONFIG_FILE, WEIGHTS_FILE, EXPERT_FILE, DOMAIN_FILE):

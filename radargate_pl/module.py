@@ -17,7 +17,7 @@ from radargate_pl.losses import example_mean_cross_entropy
 from radargate_pl.metrics import TaskScore, TaskScores, named_scores, score_examples
 from radargate_pl.networks import GatedNetwork, LabelledLogits
 from radargate_pl.parameter_groups import optimizer_and_schedule
-from radargate_pl.search import check_search
+from radargate_pl.search import NevergradSearch, check_search
 from radargate_pl.steps import CompletedStep, EvaluationOutput, Prediction, StepOutput, WantsGates
 
 
@@ -166,8 +166,8 @@ class AdaptedLM(LightningModule):
         return {"loss": loss * (num_examples / self._full_batch), "gates": gates}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute gradients, unless nothing has one because the gate is searched."""
-        if loss.requires_grad:
+        """Compute gradients, where there are any: a search has none, nor has a batch without any expert's example."""
+        if loss.requires_grad or not (self._experts_alone or isinstance(self.trainer.optimizers[0], NevergradSearch)):
             super().backward(loss, *args, **kwargs)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> EvaluationOutput:

@@ -209,25 +209,29 @@ class GatedNetwork(nn.Module):
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return everything that trains, by ``<layer path>.gate.*`` and ``<layer path>.bank.lora_A.<expert>``."""
-        return {key: value.detach() for key, value in self._trainable_parameters().items()}
+        return {key: value.detach() for key, value in self._parameters_of("").items() if value.requires_grad}
+
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """Return `trainable_state`, and what gates keep fixed beside what they train (Nexus' domain embeddings)."""
+        return {key: value.detach() for key, value in self._checkpointed_parameters().items()}
 
     def gate_state(self) -> dict[str, Tensor]:
         """Return everything of the gates, trained or not, by ``<layer path>.gate.*``."""
         return {key: value.detach() for key, value in self._parameters_of("gate.").items()}
 
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a `trainable_state` in, bit for bit.
+    def load_checkpoint_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a `checkpoint_state` in, bit for bit.
 
         Raises:
             ValueError: naming every missing, unknown or misshapen key; nothing is loaded then.
         """
-        self._load(self._trainable_parameters(), state)
+        self._load(self._checkpointed_parameters(), state)
 
     def load_gate_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy a `gate_state` in, bit for bit.
 
         Raises:
-            ValueError: as in `load_trainable_state`.
+            ValueError: as in `load_checkpoint_state`.
         """
         self._load(self._parameters_of("gate."), state)
 
@@ -265,8 +269,9 @@ class GatedNetwork(nn.Module):
 
         save_experts(self, Path(folder))
 
-    def _trainable_parameters(self) -> dict[str, nn.Parameter]:
-        return {key: value for key, value in self._parameters_of("").items() if value.requires_grad}
+    def _checkpointed_parameters(self) -> dict[str, nn.Parameter]:
+        of_gates = {} if self.train_part == "experts" else self._parameters_of("gate.")
+        return {key: value for key, value in self._parameters_of("").items() if value.requires_grad or key in of_gates}
 
     def _parameters_of(self, part: str) -> dict[str, nn.Parameter]:
         return {

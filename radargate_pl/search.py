@@ -210,7 +210,7 @@ def check_search(lm: "AdaptedLM") -> None:
 
     Raises:
         ValueError: when the gate is searched and the optimiser no search, or the other way round; when a step does not
-            see all examples at once; when there are more steps than the budget has.
+            see all examples at once; when there are more steps than the budget has; for settings that shape gradients.
     """
     trainer, optimizer = lm.trainer, lm.trainer.optimizers[0]
     gates = {type(layer.gate) for layer in lm.built_network.layers.values()}
@@ -220,7 +220,20 @@ def check_search(lm: "AdaptedLM") -> None:
             f"{lm.built_network.describe()} and {type(optimizer).__name__}. {REMEDY}"
         )
     if isinstance(optimizer, NevergradSearch):
+        _check_followed(lm)
         _check_steps(trainer, optimizer.budget)
+
+
+def _check_followed(lm: "AdaptedLM") -> None:
+    """Refuse settings for gradients, which a search does not have."""
+    found = {
+        "model.lr_multipliers": lm.lr_multipliers,
+        "model.lr_scheduler": lm.lr_scheduler_factory,
+        "trainer.gradient_clip_val": lm.trainer.gradient_clip_val,
+    }
+    without_effect = [name for name, value in found.items() if value]
+    if without_effect:
+        raise ValueError(f"Expected a search without {without_effect}, which shape gradient steps. Leave them out.")
 
 
 def _check_steps(trainer: Trainer, budget: int) -> None:

@@ -37,10 +37,10 @@ class FakeNetwork:
     def describe(self):
         return self.gate
 
-    def trainable_state(self):
+    def checkpoint_state(self):
         return self.state
 
-    def load_trainable_state(self, state):
+    def load_checkpoint_state(self, state):
         self.loaded = dict(state)
 
 

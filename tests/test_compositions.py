@@ -14,7 +14,7 @@ from reference import Expert
 from reference_rules import merged_apart, merged_updates
 from torch import Tensor
 
-from radargate_pl.gates import DirectLoRA, LoraHub, PEMs, UniformGate
+from radargate_pl.gates import DirectLoRA, FixedGate, LoraHub, PEMs, UniformGate
 
 SIGNED = {"e0": 1.0, "e2": -0.75, "e3": 0.5}
 
@@ -88,6 +88,7 @@ def test_pems_by_default_are_the_papers_average() -> None:
         ({"weights": {"e0": 0.0}}, "sum is not 0"),
         ({"weights": {"e0": float("inf")}}, "finite"),
         ({"weights": {"e0": float("nan")}, "normalize": False}, "finite"),
+        ({"weights": {"e0": float("inf"), "e1": -float("inf")}}, "finite"),
         ({"weights": {}}, "at least one expert"),
         ({"weights": {"e9": 1.0}}, r"weights to name experts of .* got \['e9'\]"),
     ],
@@ -95,6 +96,9 @@ def test_pems_by_default_are_the_papers_average() -> None:
 def test_bad_weights_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer_of(experts_of(COUNT), partial(PEMs, **options))
+    if "sum" not in message:
+        with pytest.raises(ValueError, match=message):
+            layer_of(experts_of(COUNT), partial(FixedGate, weights=options["weights"]))
 
 
 @pytest.mark.parametrize("combine", ["sum", "separate"])

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import batch_of, experts_folder, network_of
 
+from radargate_pl.checkpoint import restore_network, store_network
 from radargate_pl.domains import write_domain
 from radargate_pl.fingerprints import fingerprint_tensors
 from radargate_pl.gates import ArrowGate, NexusGate
+from radargate_pl.joining_experts import with_new_rows
 from radargate_pl.networks import GatedNetwork
+from radargate_pl.notices import say_once
 from radargate_pl.ops import dense_weights
+from radargate_pl.rank_rotation import RankRotation
 from radargate_pl.records import record_gates
+from radargate_pl.rotations import RadarRotation
 
 
 @pytest.fixture
@@ -62,6 +69,61 @@ def test_the_new_expert_is_as_if_it_had_been_there_and_the_others_stay(
     assert torch.equal(load(tmp_path / "larger")(**batch).logits, logits)
 
 
+@pytest.mark.parametrize(
+    ("rotation", "few", "new"),
+    [
+        (RankRotation, ("e0", "e1"), "e2"),  # rank 4 beside ranks 3 and 2: one more plane
+        (partial(RadarRotation, rotation_rank=2, rotation_sharing="per_expert"), ("e0", "e2"), "e1"),
+    ],
+)
+def test_experts_join_a_rotation_of_each_expert_without_being_rotated(
+    tmp_path: Path,
+    library: dict[str, str],
+    rotation: object,
+    few: tuple,
+    new: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    say_once.cache_clear()
+    everywhere = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+    for name in library:  # the same layers for all
+        write_everywhere(Path(library[name]), everywhere)
+    gate = partial(NexusGate, top_k=2, domains="data", rotation=rotation)
+    network = network_of("llama", gate, experts={name: library[name] for name in few}).eval()
+    network.save_pretrained(tmp_path / "gate")
+    joined = load(tmp_path / "gate", add_experts={new: library[new]})
+    assert sum("are not rotated until" in record.getMessage() for record in caplog.records) == 1
+    for path, layer in joined.layers.items():
+        known = network.layers[path].gate.rotation.state_dict()
+        for key, value in layer.gate.rotation.state_dict().items():
+            corner = value[tuple(slice(0, size) for size in known[key].shape)]
+            assert torch.equal(corner, known[key])
+            if key != "P":
+                value[tuple(slice(0, size) for size in known[key].shape)] = 0
+                assert not value.any(), f"{key} rotates the newcomer"
+
+
+def write_everywhere(folder: Path, paths: tuple[str, ...]) -> None:
+    """Gives an expert the layers at these paths only, at its own rank."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = {}
+    for seed, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(seed)
+        linear = network_of("llama", experts=[]).backbone.get_submodule(path)
+        out, width = linear.weight.shape
+        tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(config["r"], width, generator=generator)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(out, config["r"], generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config["target_modules"] = list(paths)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_domain_embeddings_of_another_width_are_refused(tmp_path: Path, library: dict[str, str]) -> None:
+    saved = {"l.gate.domain_embeddings": torch.ones(2, 5)}
+    with pytest.raises(ValueError, match=r"rows of shape \(5,\) for l.gate.domain_embeddings, but got \(6,\)"):
+        with_new_rows(saved, {"l.gate.domain_embeddings": torch.ones(3, 6)})
+
+
 def test_layers_without_a_fitted_gate_are_named(tmp_path: Path, library: dict[str, str]) -> None:
     gate = partial(NexusGate, top_k=2, domains="data")
     few = {name: library[name] for name in ("e0", "e1")}
@@ -103,3 +165,26 @@ def test_saved_experts_keep_their_domains(tmp_path: Path, library: dict[str, str
     assert fingerprint_tensors([tmp_path / "g" / "experts" / "e1" / "domain.safetensors"]) == fingerprint_tensors(
         [Path(library["e1"]) / "domain.safetensors"]
     )
+
+
+def test_experts_trained_together_with_the_gate_keep_their_domains(tmp_path: Path, library: dict[str, str]) -> None:
+    gate = partial(NexusGate, top_k=1, domains="data")
+    network = network_of("llama", gate, experts=library, train="both").eval()
+    network.save_pretrained(tmp_path / "g")
+    again = load(tmp_path / "g")
+    batch = batch_of("llama")
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, network(**batch).logits)
+
+
+def test_a_checkpoint_keeps_the_domains_it_was_made_with(library: dict[str, str]) -> None:
+    gate = partial(NexusGate, top_k=2, domains="data")
+    network = network_of("llama", gate, experts=library)
+    checkpoint: dict = {}
+    store_network(checkpoint, network)
+    embedding = torch.randn(5, generator=torch.Generator().manual_seed(77))
+    write_domain(Path(library["e1"]), embedding, backbone_fingerprint=network.fingerprints["backbone"], samples=1)
+    later = network_of("llama", gate, experts=library)
+    restore_network(checkpoint, later, is_resuming=True)
+    for path, layer in network.layers.items():
+        assert torch.equal(later.layers[path].gate.domain_embeddings, layer.gate.domain_embeddings)

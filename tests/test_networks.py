@@ -164,12 +164,12 @@ def test_state_goes_in_bit_for_bit_or_not_at_all(gate):
         for value in network.trainable_state().values():
             value.add_(0.125)
     state = {key: value.clone() for key, value in network.trainable_state().items()}
-    other.load_trainable_state(state)
+    other.load_checkpoint_state(state)
     assert bytes_of(other.trainable_state().items()) == bytes_of(state.items())
     first, *rest = state
     wrong = {**{key: state[key] + 1 for key in rest[1:]}, rest[0]: torch.zeros(1, 1), "model.x.gate.P": torch.zeros(1)}
     with pytest.raises(ValueError, match="does not fit") as error:
-        other.load_trainable_state(wrong)
+        other.load_checkpoint_state(wrong)
     for part in (f"missing: {first}", "unknown: model.x.gate.P", f"{rest[0]}: expected shape"):
         assert part in str(error.value)
     assert bytes_of(other.trainable_state().items()) == bytes_of(state.items())

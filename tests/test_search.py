@@ -203,7 +203,10 @@ def few_shot(rows: int = 4, batches: int = 1) -> FixedBatches:
 
 def hub_lm(folder: Path, budget: int = 10, gate: type = LoraHub, **options: object) -> AdaptedLM:
     optimizer = options.pop("optimizer", partial(NevergradSearch, budget=budget))
-    return gated_lm(adapters(folder), gate, optimizer=optimizer, combine="separate", **options)
+    lm = gated_lm(adapters(folder), gate, optimizer=optimizer, combine="separate")
+    for name, value in options.items():
+        setattr(lm, name, value)
+    return lm
 
 
 def hub_weights(lm: AdaptedLM) -> Tensor:
@@ -252,6 +255,9 @@ def test_a_run_that_is_resumed_is_the_run_that_was_never_stopped(tmp_path: Path)
     assert torch.equal(hub_weights(resumed), hub_weights(whole))
 
 
+CONSTANT = partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0)
+
+
 @pytest.mark.parametrize(
     ("make", "data", "options", "message"),
     [
@@ -260,8 +266,11 @@ def test_a_run_that_is_resumed_is_the_run_that_was_never_stopped(tmp_path: Path)
         (partial(hub_lm, budget=1), few_shot(), {}, "at most budget=1 steps, but the trainer takes 2"),
         (hub_lm, few_shot(batches=2), {}, "'batches an epoch': 2"),
         (hub_lm, few_shot(), {"accumulate_grad_batches": 2}, "'trainer.accumulate_grad_batches': 2"),
+        (hub_lm, few_shot(), {"gradient_clip_val": 1.0}, r"without \['trainer.gradient_clip_val'\]"),
+        (partial(hub_lm, lr_multipliers={"weights": 2.0}), few_shot(), {}, r"without \['model.lr_multipliers'\]"),
+        (partial(hub_lm, lr_scheduler_factory=CONSTANT), few_shot(), {}, r"without \['model.lr_scheduler'\]"),
     ],
-    ids=["other optimiser", "other gate", "budget", "batches", "accumulation"],
+    ids=["other optimiser", "other gate", "budget", "batches", "accumulation", "clipping", "multipliers", "schedule"],
 )
 def test_what_would_search_nothing_is_refused_at_the_start(
     make: Callable, data: FixedBatches, options: dict, message: str, tmp_path: Path

@@ -1,5 +1,6 @@
 """Gates without parameters: uniform, fixed weights, and each example's own expert (layer 1)."""
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -42,7 +43,7 @@ class FixedGate(ConstantGate):
         coefficients: expert name to the weight it gets.
 
     Raises:
-        ValueError: when ``weights`` is empty or names an expert that is not in the library.
+        ValueError: when ``weights`` is empty, not finite, or names an expert that is not in the library.
     """
 
     argument = "weights"  # what names the experts, for messages
@@ -51,6 +52,8 @@ class FixedGate(ConstantGate):
         super().__init__(site)
         if not weights:
             raise ValueError("Expected weights to name at least one expert, but got {}.")
+        if not all(map(math.isfinite, weights.values())):
+            raise ValueError(f"Expected weights to be finite, but got {weights}.")
         self.weights = dict(weights)
         self.coefficients = self.weights
 

@@ -81,7 +81,8 @@ class NexusGate(Gate):
     Only the projection trains and it knows nothing of the number of experts: a new one joins with its ``d_i`` and
     without training. ``d_i`` is the domain embedding of the expert's training data, or its prototype (the layer input
     its update answers to most strongly). For ``top_k`` above 1 kept probabilities are divided by their sum, so that a
-    token whose kept experts stay the same does not notice the new one; at 1 the probability stays as it is.
+    token whose kept experts stay the same does not notice the new one; at 1 the probability stays as it is. A rotation
+    that looks at all experts' outputs does notice.
 
     Args:
         site: the layer (given by the network, never in a config).
