@@ -46,7 +46,8 @@ def backbone_misfits(model: nn.Module, lora_A: Mapping[str, Tensor], lora_B: Map
             fits = lora_A[path].shape[1] == layer.in_features and lora_B[path].shape[0] == layer.out_features
             wrong += [] if fits else [path]
     if wrong:
-        weight = tuple(modules[wrong[0]].weight.shape)
+        layer = modules[wrong[0]]
+        weight = (layer.out_features, layer.in_features)  # a quantised weight has another shape
         adapter = (lora_B[wrong[0]].shape[0], lora_A[wrong[0]].shape[1])
         problems.append(
             f"It is an adapter for another backbone: layer {wrong[0]}{_more(wrong)} is {adapter} (out, in) in the "

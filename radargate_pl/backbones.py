@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from radargate_pl.quantization import Quantization
+
 BUILT_IN = (smollm2.NAME, debug_backbone.NAME)
 
 
@@ -27,7 +29,7 @@ class Backbone:
     Attributes:
         model: frozen, in evaluation mode, causal or sequence-to-sequence.
         tokenizer: with a pad token (the end token where the model has none of its own).
-        fingerprint: SHA-256 of the weight files before any cast.
+        fingerprint: SHA-256 of the weight files before any cast or quantisation.
         source: what the user wrote.
         folder: where config and weights lie; None for a `.gguf` file.
     """
@@ -39,24 +41,35 @@ class Backbone:
     folder: Path | None
 
 
-def load_backbone(backbone: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Backbone:
+def load_backbone(
+    backbone: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto", quantization: Quantization = "none"
+) -> Backbone:
     """Load a causal or sequence-to-sequence language model, frozen and in evaluation mode.
 
     Args:
         backbone: hub id, local folder, `.gguf` file, or built-in `smollm2-135m-q4` or `debug-tiny`.
         dtype: of the weights in memory; `auto` is bfloat16 where the device computes in it, else float32.
+        quantization: hold the weights of linear layers in 4 or 8 bits and multiply in `dtype`; such a model is loaded
+            onto the GPU straight away where there is one.
 
     Raises:
-        ValueError: no such backbone, it cannot be fetched, its files are incomplete, or the dtype is another one.
+        ValueError: no such backbone, it cannot be fetched, its files are incomplete, the dtype is another one, or it
+            cannot be quantised.
     """
     import transformers
+
+    from radargate_pl.quantization import loading_errors, loading_options, multiply_exactly
 
     weights_dtype = _weights_dtype(dtype)
     where, gguf = _located(backbone)
     config = _from_pretrained(transformers.AutoConfig, backbone, where, **gguf)
     is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
     auto = transformers.AutoModelForSeq2SeqLM if is_encoder_decoder else transformers.AutoModelForCausalLM
-    model, report = _from_pretrained(auto, backbone, where, dtype=weights_dtype, output_loading_info=True, **gguf)
+    options = loading_options(backbone, config, quantization, is_gguf=bool(gguf)) | gguf
+    with loading_errors(backbone, quantization):
+        model, report = _from_pretrained(
+            auto, backbone, where, dtype=weights_dtype, output_loading_info=True, **options
+        )
     if report["missing_keys"]:  # transformers would fill them with random numbers and a warning
         raise ValueError(
             f"Expected backbone {backbone!r} to hold every weight of {type(model).__name__}, but these are missing: "
@@ -64,6 +77,7 @@ def load_backbone(backbone: str, dtype: Literal["auto", "float32", "bfloat16"] =
         )
     if gguf:
         smollm2.forget_quantization(model)
+    multiply_exactly(model, weights_dtype)
     model.requires_grad_(False).eval()
     folder = None if gguf else _model_folder(where)
     files = _weight_files(folder) if folder else [Path(where) / gguf["gguf_file"]]

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -68,6 +69,7 @@ def load_gate(
     experts: str | list[str] | dict[str, str] | None = None,
     add_experts: dict[str, str] | None = None,
     dtype: Any = "auto",
+    quantization: Any = None,
     trust_code: bool = False,
 ) -> "GatedNetwork":
     """Load a gate folder with its backbone and experts, all checked against the fingerprints it was fitted with.
@@ -79,6 +81,7 @@ def load_gate(
         add_experts: experts that join behind those the gate was fitted with, without training: name to path or hub id.
             Only gates that find an expert by a description of it take them (NexusGate, ArrowGate).
         dtype: of backbone and experts in memory.
+        quantization: "none", "4bit" or "8bit"; None for that of the backbone the gate was fitted over.
         trust_code: allow a gate class from outside this package.
 
     Returns:
@@ -96,12 +99,14 @@ def load_gate(
     found = experts if experts is not None else _expert_folders(folder, config["experts"])
     if add_experts:
         found = with_new_experts(found, add_experts, gate)
+    quantization = _quantization(folder, config.get("quantization", "none"), quantization)
+    loading = {"dtype": dtype, "quantization": quantization}
     try:
-        network = GatedNetwork(backbone=source, dtype=dtype, experts=found, gate=gate, combine=config["combine"])
+        network = GatedNetwork(backbone=source, experts=found, gate=gate, combine=config["combine"], **loading)
     except ValueError:
         # Another backbone or library mostly fails to fit in some detail; then that it is another one is what helps.
         saved = config["fingerprints"]
-        check_fingerprint("the backbone", saved["backbone"], load_backbone(source, dtype).fingerprint)
+        check_fingerprint("the backbone", saved["backbone"], load_backbone(source, **loading).fingerprint)
         _check_order(
             list(saved["experts"]), [name for name in resolve_adapters(found) if name not in (add_experts or {})]
         )
@@ -189,11 +194,20 @@ def _config(network: "GatedNetwork", folder: Path) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "radargate_version": __version__,
         "gate": spec_of(gate),
-        "gate_line": gate.line(),
+        "gate_line": network.describe(),
         "combine": network.combine,
+        "quantization": network.quantization,
         "backbone": _seen_from(folder, Path(network.backbone_source).expanduser()),
         "experts": {name: where.get(name, f"{EXPERTS}/{name}") for name in network.experts},
     }
+
+
+def _quantization(folder: Path, saved: str, asked: str | None) -> str:
+    if asked not in (None, saved):
+        rank_zero_warn(
+            f"quantization: the gate in {folder} was fitted over a backbone in {saved}, going on with {asked}"
+        )
+    return asked or saved
 
 
 def _seen_from(folder: Path, target: Path) -> str:

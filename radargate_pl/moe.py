@@ -51,7 +51,7 @@ class MoELinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Weight of the base layer, (out, in)."""
+        """Weight of the base layer, (out, in); packed where the base layer holds it in 4 bits."""
         return self.base_layer.weight
 
     @property

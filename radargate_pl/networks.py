@@ -36,6 +36,7 @@ class GatedNetwork(nn.Module):
             belongs to which example.
         backbone: hub id, local folder, ``.gguf`` file, or built-in ``smollm2-135m-q4`` or ``debug-tiny``.
         dtype: of backbone and frozen experts; "auto" is bfloat16 where the device has it, else float32.
+        quantization: hold the backbone's linear layers in 4 or 8 bits (bitsandbytes); they compute in ``dtype``.
         experts: frozen experts: a folder of PEFT folders, a list of them, or name to path or hub id; [] for none.
         new_experts: experts to train from scratch, instead of ``experts``.
         gate: the gate, one built per layer.
@@ -62,6 +63,7 @@ class GatedNetwork(nn.Module):
         *,
         backbone: str = "smollm2-135m-q4",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        quantization: Literal["none", "4bit", "8bit"] = "none",
         experts: str | list[str] | dict[str, str] = [],  # noqa: B006 (read only; jsonargparse shows it in --help)
         new_experts: NewExperts | None = None,
         gate: GateFactory = RadarGate,
@@ -73,13 +75,13 @@ class GatedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         check_arguments(experts, new_experts, train, dropout)
-        loaded = load_backbone(backbone, dtype)
+        loaded = load_backbone(backbone, dtype, quantization)
         check_backbone(loaded.model)
-        self.backbone = loaded.model
-        self.tokenizer = loaded.tokenizer
+        self.backbone, self.tokenizer = loaded.model, loaded.tokenizer
         self.is_encoder_decoder = bool(loaded.model.config.is_encoder_decoder)
         self._takes_position_ids = takes_position_ids(loaded.model)
-        self.backbone_source, self.combine, self.train_part, self.new_experts = backbone, combine, train, new_experts
+        self.backbone_source, self.quantization = backbone, quantization
+        self.combine, self.train_part, self.new_experts = combine, train, new_experts
         self.adapters = load_adapters(experts, loaded.model, backbone_fingerprint=loaded.fingerprint) if experts else []
         self.fingerprints: dict[str, Any] = {
             "backbone": loaded.fingerprint,
@@ -202,10 +204,10 @@ class GatedNetwork(nn.Module):
         return bool(self.layers) and all(layer.bank.shares_A for layer in self.layers.values())
 
     def describe(self) -> str:
-        """Return one line built from the objects, e.g. ``RadarGate(top_k=2, scorer=x, ...)``."""
-        for layer in self.layers.values():
-            return layer.gate.line()
-        return "no gate (bare backbone)"
+        """Return one line built from the objects, e.g. ``RadarGate(top_k=2, scorer=x, ...), backbone in 4bit``."""
+        line = next((layer.gate.line() for layer in self.layers.values()), "no gate (bare backbone)")
+        # A gate belongs to the weights it was fitted over: checkpoints and gate folders compare this line.
+        return line if self.quantization == "none" else f"{line}, backbone in {self.quantization}"
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return everything that trains, by ``<layer path>.gate.*`` and ``<layer path>.bank.lora_A.<expert>``."""
