@@ -1,5 +1,6 @@
 # make quickstart   experts, then gates over them, then one table (needs the package index once, afterwards works offline)
 # make test         every test
+# make cluster      tests on a real Slurm on this machine (Debian: slurmctld slurmd slurm-client munge), a quarter of an hour
 # make lint         ruff and mypy
 # make clean        remove the environment and the quickstart's runs
 
@@ -15,7 +16,7 @@ RADARGATE := $(BIN)/radargate
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test cluster lint clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -39,6 +40,9 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+cluster: $(STAMP)
+	$(BIN)/python -m pytest -q -n 0 -m cluster tests/cluster
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

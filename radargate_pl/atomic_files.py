@@ -8,6 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_unfinished: set[Path] = set()
+
+
+def remove_unfinished() -> None:
+    """Remove the temporary files of saves that are under way, for a process that is about to end in the middle."""
+    for path in tuple(_unfinished):
+        with suppress(OSError):
+            path.unlink()
+
 
 def save_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let ``write`` fill a temporary file in the folder of ``path``, then rename it to ``path``.
@@ -23,6 +32,7 @@ def save_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         OSError: if the disk refuses (full, read-only); the message names ``path`` and says that it was left alone.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _unfinished.add(temporary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -35,6 +45,7 @@ def save_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     finally:
         with suppress(OSError):  # renamed away when all went well; on a full disk it is this file that takes the room
             temporary.unlink()
+        _unfinished.discard(temporary)
     _flush_folder(path.parent)
 
 

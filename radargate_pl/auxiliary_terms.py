@@ -162,7 +162,8 @@ def _probe(layer: MoELinear) -> Routing | None:
     """What a copy of the gate decides about zeros; ``None`` where it uses no expert of the layer at all."""
     gate, bank = copy.deepcopy(layer.gate), layer.bank
     device = layer.weight.device
-    x = torch.zeros(1, PROBED_TOKENS, layer.in_features, device=device, requires_grad=True)
+    dtype = bank.expert_weights(bank.names[0])[0].dtype
+    x = torch.zeros(1, PROBED_TOKENS, layer.in_features, device=device, dtype=dtype, requires_grad=True)
     context = Context()
     tokens = torch.ones(1, PROBED_TOKENS, dtype=torch.bool, device=device)
     context.replace(torch.zeros(1, dtype=torch.int64, device=device), {gate.site.stream: tokens})

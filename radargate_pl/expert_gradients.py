@@ -1,12 +1,14 @@
 """Gradients that are a mean over exactly the right examples: over all of them, or over each expert's own (layer 5)."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from radargate_pl.gates import TaskGate
 from radargate_pl.moe import moe_layers
+from radargate_pl.steps import StepRequests
 
 
 class AccumulatedExamples:
@@ -19,6 +21,7 @@ class AccumulatedExamples:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
         self._sums: Tensor | None = None
+        self._asked: Tensor | None = None
 
     def add(self, loss: Tensor, num_examples: int, expert: Tensor) -> None:
         """Add one micro-batch.
@@ -34,22 +37,30 @@ class AccumulatedExamples:
         sums = torch.cat([torch.stack([loss.detach().double() * num_examples, total]), per_expert])
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, requests: StepRequests) -> tuple[Tensor, Tensor, Tensor, StepRequests]:
         """Close the step: add up the ranks and start counting afresh.
+
+        What the ranks ask for travels with the sums. On an accelerator it is that of the step before: waiting for
+        this one's would stall every step.
+
+        Args:
+            requests: of this rank.
 
         Returns:
             Mean loss over all examples (scalar), number of examples (scalar), examples per expert (E,); float64, on the
-            batches' device.
+            batches' device. And what any rank asked for.
         """
         assert self._sums is not None, "an optimiser step without a training step"
         sums, self._sums = self._sums, None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-        return sums[0] / sums[1], sums[1], sums[2:]
-
-    def reset(self) -> None:
-        """Forget a step that was begun and never finished."""
-        self._sums = None
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return sums[0] / sums[1], sums[1], sums[2:], replace(requests)
+        asked = torch.tensor([requests.save, requests.stop], dtype=sums.dtype, device=sums.device)
+        sums = torch.cat([sums, asked])
+        torch.distributed.all_reduce(sums)
+        sums, asked = sums[:-2], sums[-2:]
+        known, self._asked = (asked if asked.device.type == "cpu" else self._asked), asked
+        agreed = StepRequests() if known is None else StepRequests(*(count > 0 for count in known.tolist()))
+        return sums[0] / sums[1], sums[1], sums[2:], agreed
 
 
 def expert_parameters(network: nn.Module, experts: Sequence[str]) -> dict[int, list[Tensor]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 import radargate_pl.data  # noqa: F401 - short names such as "FlanMixture" are found once their module is loaded
 from radargate_pl import callbacks
-from radargate_pl.callbacks import RunCheckpoint, RunProgressBar
+from radargate_pl.callbacks import Preemption, RunCheckpoint, RunProgressBar
 from radargate_pl.config_classes import own_defaults
 from radargate_pl.config_errors import ConfigCheck
 from radargate_pl.config_schema import find_class, named_classes, nearest, parser_schema
@@ -37,11 +38,13 @@ from radargate_pl.networks import GatedNetwork
 from radargate_pl.run_callbacks import LoadGateFolder, StoreConfig, plain_config
 from radargate_pl.run_folder import check_run_folder, clear_run, is_gate_folder, resolve_checkpoint
 from radargate_pl.run_loggers import RunCSVLogger, RunTensorBoardLogger
+from radargate_pl.slurm import check_launch
 
 COMMANDS = ("fit", "validate", "test", "predict")
+DOCTOR = "doctor"  # a program of its own; see radargate_pl.doctor
 _EPILOG = (
-    "--help NAME explains one class, e.g. radargate --help RadarGate; --version prints the version; --debug shows the "
-    "traceback of an error."
+    "radargate doctor tells what is wrong with a machine or a config. --help NAME explains one class, e.g. radargate "
+    "--help RadarGate; --version prints the version; --debug shows the traceback of an error."
 )
 
 # The data's tokenizer is always the backbone's.
@@ -52,8 +55,11 @@ FLAGS = {
     "overwrite": "Replace the run that the run folder holds: its checkpoints, gate, experts and metrics are deleted.",
 }
 
-# Settings of the trainer that turn off what a default callback does.
-SWITCHES: dict[str, type[Callback]] = {"enable_checkpointing": RunCheckpoint, "enable_progress_bar": RunProgressBar}
+# Settings of the trainer that turn off what default callbacks do.
+SWITCHES: dict[str, tuple[type[Callback], ...]] = {
+    "enable_checkpointing": (RunCheckpoint, Preemption),
+    "enable_progress_bar": (RunProgressBar,),
+}
 
 # Classes that --help NAME explains: how many of their first arguments the program gives, and where they are set.
 EXPLAINED: dict[type, tuple[int, str | None]] = {
@@ -175,6 +181,7 @@ class RadarGateCLI(LightningCLI):
         """Refuses to mix two runs in one folder."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
+        check_launch(os.environ, config.trainer)
         if config.preview or config.trainer.fast_dev_run or getattr(rank_zero_only, "rank", 0) != 0:
             return
         folder = Path(config.trainer.default_root_dir)
@@ -198,8 +205,8 @@ class RadarGateCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         # Lightning refuses a callback whose job the trainer's switches turn off.
-        off = [kind for name, kind in SWITCHES.items() if config[name] is False]
-        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, tuple(off))])
+        off = tuple(kind for name, kinds in SWITCHES.items() if config[name] is False for kind in kinds)
+        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -235,8 +242,8 @@ def _asks_for_help(words: Sequence[str]) -> bool:
 
 def _no_command(word: str | None) -> str:
     if word is None:
-        return f"{COMMAND_LINE}: give a command: {', '.join(COMMANDS)}; --help says more."
-    return f"{COMMAND_LINE}: there is no command '{word}'. {nearest(word, dict.fromkeys(COMMANDS))}"
+        return f"{COMMAND_LINE}: give a command: {', '.join((*COMMANDS, DOCTOR))}; --help says more."
+    return f"{COMMAND_LINE}: there is no command '{word}'. {nearest(word, dict.fromkeys((*COMMANDS, DOCTOR)))}"
 
 
 def _has_value(line: CommandLine, key: str) -> bool:

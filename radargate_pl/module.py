@@ -12,13 +12,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from radargate_pl.auxiliary_terms import AuxiliaryTerms
 from radargate_pl.checkpoint import restore_network, store_network
-from radargate_pl.expert_gradients import AccumulatedExamples, clip_groups, expert_parameters, mean_gradients
 from radargate_pl.losses import example_mean_cross_entropy
 from radargate_pl.metrics import TaskScore, TaskScores, named_scores, score_examples
 from radargate_pl.networks import GatedNetwork, LabelledLogits
 from radargate_pl.parameter_groups import optimizer_and_schedule
 from radargate_pl.search import NevergradSearch, check_search
-from radargate_pl.steps import CompletedStep, EvaluationOutput, Prediction, StepOutput, WantsGates
+from radargate_pl.step_gradients import StepGradients
+from radargate_pl.step_logging import log_step
+from radargate_pl.steps import CompletedStep, EvaluationOutput, Prediction, StepOutput, StepRequests, WantsGates
+from radargate_pl.strategy import check_strategy, processes_averaged_over
 
 
 class AdaptedLM(LightningModule):
@@ -65,6 +67,7 @@ class AdaptedLM(LightningModule):
         self.task_names: tuple[str, ...] = ()
         self.task_results: dict[str, TaskScore] = {}
         self.completed_step: CompletedStep | None = None
+        self.requests = StepRequests()  # of this rank, for the end of the step under way
         self.restored_step = 0  # optimiser steps behind the weights of a loaded checkpoint
         self._expert_of_task = torch.empty(0, dtype=torch.int64)
         self._gate_requests: list[WantsGates] = []
@@ -103,7 +106,6 @@ class AdaptedLM(LightningModule):
         ids = [self.network.expert_of_task.get(name, -1) for name in self.task_names]
         self._expert_of_task = torch.tensor(ids, dtype=torch.int64)
         self.scores = TaskScores(len(self.task_names))
-        self._accumulated = AccumulatedExamples(len(self.network.experts))
         if self.trainer.state.fn == "fit":
             self.auxiliary_losses.check(self.network)
 
@@ -159,15 +161,20 @@ class AdaptedLM(LightningModule):
                 which makes accumulation exact; ``gates``.
         """
         self.completed_step = None  # until configure_gradient_clipping says that this batch completes one
-        _, loss, gates, auxiliary = self.model_step(batch, "train")
         num_examples = len(batch["task"])
-        self._accumulated.add(loss, num_examples, self.expert_ids(batch["task"]))
+        if not num_examples:  # no expert of this process has any
+            nothing = torch.zeros((), device=self.device)
+            self._step_gradients.add(nothing, 0, self.expert_ids(batch["task"]))
+            return {"loss": nothing, "gates": None}
+        _, loss, gates, auxiliary = self.model_step(batch, "train")
+        factor = self._step_gradients.add(loss, num_examples, self.expert_ids(batch["task"]))
         loss = loss + self.auxiliary_losses.add(auxiliary, num_examples)
-        return {"loss": loss * (num_examples / self._full_batch), "gates": gates}
+        return {"loss": loss * factor, "gates": gates}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients, where there are any: a search has none, nor has a batch without any expert's example."""
-        if loss.requires_grad or not (self._experts_alone or isinstance(self.trainer.optimizers[0], NevergradSearch)):
+        is_searched = isinstance(self.trainer.optimizers[0], NevergradSearch)
+        if loss.requires_grad or not (self._step_gradients.experts_alone or is_searched):
             super().backward(loss, *args, **kwargs)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> EvaluationOutput:
@@ -223,18 +230,10 @@ class AdaptedLM(LightningModule):
         self.log_dict({name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """Optimiser over what trains, and a schedule that advances with every optimiser step.
-
-        Raises:
-            ValueError: if nothing trains; see `optimizer_and_schedule` for the others.
-        """
+        """Optimiser over what trains, and a schedule that advances with every step; see `optimizer_and_schedule`."""
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if not trained:
-            raise ValueError(
-                f"Expected something to train, but got {self.built_network.describe()}: this gate has nothing to "
-                "train; use validate or test"
-            )
-        return optimizer_and_schedule(trained, self.optimizer_factory, self.lr_scheduler_factory, self.lr_multipliers)
+        factories = (self.optimizer_factory, self.lr_scheduler_factory)
+        return optimizer_and_schedule(trained, *factories, self.lr_multipliers, self.built_network.describe())
 
     def on_fit_start(self) -> None:
         """Put the network into training mode; its frozen parts stay in eval mode by themselves."""
@@ -244,12 +243,9 @@ class AdaptedLM(LightningModule):
     def on_train_start(self) -> None:
         """Start counting examples."""
         check_search(self)
-        # Any constant that is the same on all ranks will do: it cancels in configure_gradient_clipping. The usual batch
-        # size makes the returned loss the plain mean.
-        self._full_batch = int(getattr(self._datamodule, "batch_size", 1))
-        self._accumulated.reset()
+        check_strategy(self.trainer.strategy, self.built_network)
+        self._step_gradients = StepGradients(self.built_network, int(getattr(self._datamodule, "batch_size", 1)))
         self.auxiliary_losses.reset()
-        self._experts_alone = expert_parameters(self.built_network, self.built_network.experts)
 
     def configure_gradient_clipping(
         self,
@@ -257,34 +253,37 @@ class AdaptedLM(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Make each gradient the mean over exactly its examples, then clip: each expert by itself, all else together.
+        """Prepare the gradients of the update, see `StepGradients`, and log the step about to be taken.
 
         Args:
             optimizer: the optimiser about to step.
             gradient_clip_val: the trainer's limit; nothing is clipped without one.
             gradient_clip_algorithm: ``norm`` (default) or ``value``.
         """
-        loss, examples, per_expert = self._accumulated.finish()
-        self.completed_step = CompletedStep(self.trainer.global_step + 1, loss, optimizer.param_groups[0]["lr"])
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        alone = {id(parameter) for parameters in self._experts_alone.values() for parameter in parameters}
-        together = [parameter for parameter in trained if id(parameter) not in alone]
-        # Lightning divided by the number of micro-batches, and DDP by the number of ranks.
-        weight = self._full_batch * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        mean_gradients(together, weight / examples)
-        for index, parameters in self._experts_alone.items():
-            mean_gradients(parameters, weight / per_expert[index].clamp_min(1))
-        if gradient_clip_val:
-            clip_groups([*self._experts_alone.values(), together], gradient_clip_val, gradient_clip_algorithm or "norm")
+        loss, requests = self._step_gradients.finish(
+            optimizer,
+            self.requests,
+            divided_by=self.trainer.accumulate_grad_batches * processes_averaged_over(self.trainer.strategy),
+            clip_value=gradient_clip_val,
+            clip_algorithm=gradient_clip_algorithm,
+        )
+        rate = float(optimizer.param_groups[0]["lr"])
+        self.completed_step = CompletedStep(self.trainer.global_step + 1, loss, rate, requests)
+        self._log_step(self.completed_step, self.auxiliary_losses.finish())
+
+    def _log_step(self, done: CompletedStep, auxiliary: dict[str, Tensor]) -> None:
+        values = {f"train/aux/{name}": value for name, value in auxiliary.items()}
+        shown = {"train/loss": done.loss, "train/lr": torch.tensor(done.learning_rate, dtype=torch.float64)}
+        # Lightning itself would write the row after the callbacks, too late for a checkpoint of this very step.
+        log_step(self.trainer, done.step, {**shown, **values})
+        self.log_dict(values, logger=False, batch_size=1)
+        self.log_dict(shown, logger=False, prog_bar=True, batch_size=1)
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the optimiser step that was just taken, and see to a validation after the very last one."""
+        """See to a validation after the very last step."""
         done = self.completed_step
         if done is None:
             return
-        self.log("train/loss", done.loss, prog_bar=True, batch_size=1)
-        self.log_dict({f"train/aux/{name}": v for name, v in self.auxiliary_losses.finish().items()}, batch_size=1)
-        self.log("train/lr", torch.tensor(done.learning_rate, dtype=torch.float64), prog_bar=True, batch_size=1)
         if done.step == self.trainer.max_steps:
             # Lightning ends a run at max_steps without validating, unless an interval happens to fall there; asked to
             # stop, it does.

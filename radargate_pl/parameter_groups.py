@@ -16,6 +16,7 @@ def optimizer_and_schedule(
     make_optimizer: Callable[[Iterable[Any]], Optimizer],
     make_scheduler: Callable[[Optimizer], LRScheduler] | None,
     lr_multipliers: Mapping[str, float],
+    what: str = "nothing",
 ) -> Any:
     """Make the optimiser and a schedule that advances with every optimiser step.
 
@@ -29,14 +30,19 @@ def optimizer_and_schedule(
         make_optimizer: makes the optimiser from parameters or groups of them.
         make_scheduler: makes the schedule from the optimiser; ``None`` for a constant learning rate.
         lr_multipliers: part of names to positive factor; empty for one learning rate.
+        what: has the parameters, for messages.
 
     Returns:
         What Lightning takes from ``configure_optimizers``.
 
     Raises:
-        ValueError: for a factor that is not positive, a key no name has, two keys of one parameter, an optimiser
-            without a learning rate, and a schedule that waits for a metric or undoes the factors.
+        ValueError: if nothing trains; for a factor that is not positive, a key no name has, two keys of one parameter,
+            an optimiser without a learning rate, and a schedule that waits for a metric or undoes the factors.
     """
+    if not parameters:
+        raise ValueError(
+            f"Expected something to train, but got {what}: this gate has nothing to train; use validate or test"
+        )
     optimizer = make_optimizer(_groups(parameters, lr_multipliers) if lr_multipliers else list(parameters.values()))
     for group in optimizer.param_groups if lr_multipliers else []:
         if group.get("lr") is None:

@@ -10,15 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from radargate_pl.atomic_files import write_text
+from radargate_pl.checkpoint_files import damage, first_whole
 from radargate_pl.provenance import REDACTED, is_secret_name, redact_arguments
 
 CONFIG = "config.yaml"
 NEWEST = ("auto", "best", "last")
 
 _FOLDERS = ("checkpoints", "experts", "gate", "predict", "test")
-_FILES = ("summary.json", "metrics.csv", "convergence.json", "angles.csv", "events.out.tfevents.*", "config*.yaml")
+_FILES = (
+    "summary.json",
+    "metrics.csv",
+    "convergence.json",
+    "angles.csv",
+    "events.out.tfevents.*",
+    "config*.yaml",
+    "non_finite*.json",
+)
 _HELD = (*(f"{folder}/*" for folder in _FOLDERS), "metrics.csv", "convergence.json")
 
 # Settings of one command rather than of the run: a stored config is good for all four commands.
@@ -67,6 +77,26 @@ def write_config(folder: Path, command: str, text: str) -> Path:
         path.rename(kept)
     write_text(path, text)
     return path
+
+
+def config_changes(before: Any, now: Any, name: str = "") -> list[str]:
+    """One line for every setting in which two configs differ: name, earlier value, present value."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*before, *now])
+        return [
+            line
+            for key in keys
+            for line in config_changes(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if before == now else [f"{name}: {before} before, {now} now"]
+
+
+def stored_changes(folder: Path, text: str) -> list[str]:
+    """What is different in the config of a run that goes on, by its ``config.yaml``; empty where there is none."""
+    path = folder / CONFIG
+    if not path.exists():
+        return []
+    return config_changes(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text))
 
 
 def holds_run(folder: Path) -> list[str]:
@@ -130,7 +160,8 @@ def resolve_checkpoint(ckpt_path: str, folder: Path, command: str) -> Path | Non
 
     Args:
         ckpt_path: A file, a run folder, a gate folder, ``auto``, ``best`` or ``last``. ``auto`` is the newest
-            checkpoint of this run folder for fit, if there is one, and ``best`` for the other commands.
+            checkpoint of this run folder for fit, if there is one, and ``best`` for the other commands. A damaged file
+            is skipped with a warning, and the one before it taken.
         folder: This run's folder.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
 
@@ -138,21 +169,29 @@ def resolve_checkpoint(ckpt_path: str, folder: Path, command: str) -> Path | Non
         A ``.ckpt`` file or a folder with ``gate_config.json``; None for ``auto`` where fit has nothing to resume.
 
     Raises:
-        ValueError: There is no such thing; says what there is.
+        ValueError: There is no such thing, or none that is whole; says what there is.
     """
     if ckpt_path not in NEWEST:
         path = Path(ckpt_path)
-        if path.is_file() or is_gate_folder(path):
+        if path.is_file():
+            if problem := damage(path):
+                raise ValueError(
+                    f"--ckpt_path {ckpt_path}: the file is damaged: {problem}. {_offer(path.parent.parent)}"
+                )
+            return path
+        if is_gate_folder(path):
             return path
         if not path.is_dir():
             raise ValueError(f"--ckpt_path {ckpt_path}: there is no such file or folder. {_offer(folder)}")
         folder, kind = path, "auto"
     else:
         kind = ckpt_path
-    for path in _candidates(folder / "checkpoints", kind, command):
-        if path.is_file():
-            return path
-    if ckpt_path == "auto" and command == "fit":
+    whole, problems = first_whole(_candidates(folder / "checkpoints", kind, command))
+    for problem in problems:
+        rank_zero_warn(f"Damaged checkpoint skipped: {problem}.")
+    if whole is not None:
+        return whole
+    if ckpt_path == "auto" and command == "fit" and not problems:
         return None
     if kind == "auto" and is_gate_folder(folder / "gate"):
         return folder / "gate"
@@ -164,7 +203,7 @@ def _candidates(folder: Path, kind: str, command: str) -> list[Path]:
     if kind == "best":
         return [best]
     newest = sorted(folder.glob("step=*.ckpt"), reverse=True)
-    return [last, *newest] if kind == "last" or command == "fit" else [best, last, *newest]
+    return [last, *newest, best] if kind == "last" or command == "fit" else [best, last, *newest]
 
 
 def is_gate_folder(path: Path) -> bool:

@@ -58,6 +58,19 @@ class Prediction(TypedDict):
     references: list[str]
 
 
+@dataclass
+class StepRequests:
+    """What is to happen once the optimiser step under way is done.
+
+    Attributes:
+        save: write a checkpoint.
+        stop: write a checkpoint and end the process, to be started again.
+    """
+
+    save: bool = False
+    stop: bool = False
+
+
 @dataclass(frozen=True)
 class CompletedStep:
     """The optimiser step that the latest batch completed; batches that only accumulate gradients complete none.
@@ -66,8 +79,10 @@ class CompletedStep:
         step: its number, from 1, equal to ``trainer.global_step`` after it.
         loss: mean over the examples of all its micro-batches and ranks, in nats, scalar float64.
         learning_rate: that of the first parameter group.
+        requests: what any rank asked for; the same on all of them.
     """
 
     step: int
     loss: Tensor
     learning_rate: float
+    requests: StepRequests

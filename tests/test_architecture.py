@@ -12,7 +12,7 @@ PACKAGE = ROOT / "radargate_pl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered"},
+    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space"},
     1: {
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
         *("gates", "prototypes", "rank_rotation", "rotation_function", "rotations"),
@@ -20,7 +20,7 @@ LAYERS = {
     2: {"combines", "kept_grams", "mixture", "moe", "records"},
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),
-        *("backbones", "smollm2", "debug_backbone", "hub", "folders", "fingerprints"),
+        *("backbones", "smollm2", "debug_backbone", "hub", "folders", "fingerprints", "quantization"),
         *(
             "networks",
             "network_checks",
@@ -38,11 +38,13 @@ LAYERS = {
     4: {"data"},
     5: {
         *("module", "auxiliary_terms", "steps", "metrics", "checkpoint", "expert_gradients", "parameter_groups"),
-        *("provenance", "search", "callbacks"),
+        *("checkpoint_files", "expert_division", "optimizer_settings", "preemption", "random_state", "replicas"),
+        *("step_gradients", "step_logging", "strategy", "validation_state"),
+        *("provenance", "search", "callbacks", "slurm"),
     },
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
-        *("domain_command",),
+        *("domain_command", "doctor", "doctor_checks"),
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
 }
@@ -54,10 +56,13 @@ OUTSIDE = {
     0: set(),
     1: set(),
     2: set(),
-    3: {"transformers", "peft", "safetensors", "huggingface_hub", "tokenizers", "gguf", "filelock", "lightning"},
+    3: {
+        *("transformers", "peft", "safetensors", "huggingface_hub", "tokenizers", "gguf", "filelock", "lightning"),
+        "bitsandbytes",
+    },
     4: {"transformers", "datasets", "lightning", "reasoning_gym", "pyarrow", "numpy", "huggingface_hub", "jinja2"},
-    5: {"lightning", "torchmetrics", "nevergrad"},
-    6: {"lightning", "jsonargparse", "yaml", "safetensors", "matplotlib", "tensorboard"},
+    5: {"lightning", "torchmetrics", "nevergrad", "numpy"},
+    6: {"lightning", "jsonargparse", "yaml", "safetensors", "matplotlib", "tensorboard", "packaging"},
 }
 
 

@@ -16,7 +16,7 @@ from radargate_pl.rotations import RadarRotation
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
-OVERRIDES = {name for name in CONFIGS if name.split("/")[0] in ("architectures", "gates", "trainer")}
+OVERRIDES = {name for name in CONFIGS if name.split("/")[0] in ("architectures", "backbones", "gates", "trainer")}
 OVERRIDES |= {"rules/union.yaml", "rules/union_wide.yaml"}
 BASES = sorted(CONFIGS.keys() - OVERRIDES)
 

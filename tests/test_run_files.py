@@ -33,7 +33,10 @@ def library(tmp_path_factory):
 
 
 def checkpoint_names(folder):
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    checkpoints = sorted(name for name in names if name.endswith(".ckpt"))
+    assert names == {name + suffix for name in checkpoints for suffix in ("", ".sha256")}
+    return checkpoints
 
 
 def test_names_and_number_of_checkpoints(library, tmp_path):
@@ -62,7 +65,7 @@ def test_best_is_the_lowest_validation_loss_also_after_a_resume(library, tmp_pat
 
     names, last = ("best", "last"), tmp_path / "checkpoints/last.ckpt"
     assert go_on([3.0, 1.0, 2.0], steps=3) == [2, 3]
-    assert checkpoint_names(tmp_path) == ["best.ckpt", "last.ckpt", "step=00000003.ckpt"]
+    assert checkpoint_names(tmp_path) == ["best.ckpt", "last.ckpt", "step=00000002.ckpt", "step=00000003.ckpt"]
     assert go_on([1.5], steps=4, resume=last) == [2, 4]
     assert go_on([0.5], steps=5, resume=last) == [5, 5]
 

@@ -3,9 +3,11 @@
 import pytest
 import yaml
 
+from radargate_pl.checkpoint_files import write_checkpoint
 from radargate_pl.run_folder import (
     check_run_folder,
     clear_run,
+    config_changes,
     holds_run,
     redact,
     resolve_checkpoint,
@@ -55,7 +57,9 @@ def test_older_configs_are_kept(tmp_path):
 def run(tmp_path):
     """A folder that looks like that of a fit, with a file of somebody else."""
     folder = tmp_path / "run"
-    for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "gate/gate_config.json", "metrics.csv", "mine.txt"):
+    for name in ("last", "best"):
+        write_checkpoint(folder / f"checkpoints/{name}.ckpt", {"name": name})
+    for name in ("gate/gate_config.json", "metrics.csv", "mine.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     write_config(folder, "fit", stored_config({"model": {"gate": "a"}, "data": 1}))
@@ -120,7 +124,7 @@ class TestResolveCheckpoint:
         for name in ("last.ckpt", "best.ckpt"):
             (run / "checkpoints" / name).unlink()
         for step in (5, 10):
-            (run / f"checkpoints/step={step:08d}.ckpt").write_text("x")
+            write_checkpoint(run / f"checkpoints/step={step:08d}.ckpt", {"step": step})
         for name, command in (("auto", "fit"), ("last", "test"), (str(run), "predict")):
             assert resolve_checkpoint(name, run, command) == run / "checkpoints/step=00000010.ckpt"
         with pytest.raises(ValueError, match="--ckpt_path best: no checkpoint for it"):
@@ -130,6 +134,28 @@ class TestResolveCheckpoint:
         assert resolve_checkpoint("auto", tmp_path, "fit") is None
         with pytest.raises(ValueError, match="holds no checkpoints"):
             resolve_checkpoint("auto", tmp_path, "test")
+
+
+def test_changes_of_a_config_are_named_with_both_values():
+    before = {"model": {"optimizer": {"lr": 0.1}, "gate": "a"}, "seed": 1, "gone": 2}
+    now = {"model": {"optimizer": {"lr": 0.2}, "gate": "a"}, "seed": 1, "new": [3]}
+    assert config_changes(before, now) == [
+        "model.optimizer.lr: 0.1 before, 0.2 now",
+        "gone: 2 before, None now",
+        "new: None before, [3] now",
+    ]
+    assert config_changes(before, before) == []
+
+
+def test_a_validation_to_be_repeated_loses_its_row_and_the_step_keeps_its_own(tmp_path):
+    logger = RunCSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    for step in range(2):
+        logger.log_metrics({"train/loss": float(step)}, step)
+        logger.log_metrics({"val/loss": 10.0 + step}, step)
+    logger.finalize("success")
+    RunCSVLogger(tmp_path).drop_after(2, repeats_validation=True)
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines == ["step,train/loss,val/loss", "0,0.0,", "0,,10.0", "1,1.0,"]
 
 
 def test_csv_logger_appends_and_drops_steps_to_be_taken_again(tmp_path):

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from radargate_pl.callbacks.loggers import finished_steps_before, log_to_loggers
 from radargate_pl.records import GateOutput
+from radargate_pl.step_logging import finished_steps_before, log_to_loggers
 
 
 class ExpertLoadMonitor(Callback):

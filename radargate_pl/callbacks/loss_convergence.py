@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from radargate_pl.atomic_files import write_json
-from radargate_pl.callbacks.loggers import is_logged_step, log_to_loggers
+from radargate_pl.step_logging import is_logged_step, log_to_loggers
 
 CONVERGENCE_FILE = "convergence.json"
 PLATEAU_SHARE = 0.1
@@ -187,10 +187,14 @@ class LossConvergenceMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The curve so far."""
         self._flush()
-        return {"first_step": self._first_step, "losses": torch.tensor(self._losses, dtype=torch.float64)}
+        curves = {"losses": self._losses, "average": self._average}  # recomputed, its last digits would differ
+        return {
+            "first_step": self._first_step,
+            **{name: torch.tensor(values, dtype=torch.float64) for name, values in curves.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curve of the checkpoint."""
         self._first_step = int(state_dict["first_step"])
         self._losses = state_dict["losses"].tolist()
-        self._average = exponential_average(self._losses, self.decay)
+        self._average = state_dict["average"].tolist()

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from radargate_pl.atomic_files import write_json, write_text
-from radargate_pl.callbacks.loggers import is_trial
+from radargate_pl.step_logging import is_trial
 
 FORMAT_VERSION = 1
 

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from radargate_pl.atomic_files import write_text
-from radargate_pl.callbacks.loggers import finished_steps_before, log_to_loggers
 from radargate_pl.records import AngleStatistics, GateOutput
+from radargate_pl.step_logging import finished_steps_before, log_to_loggers
 
 ANGLES_FILE = "angles.csv"
 

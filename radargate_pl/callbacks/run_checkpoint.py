@@ -3,19 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from radargate_pl.atomic_files import link_or_copy, save_atomically
-from radargate_pl.callbacks.loggers import is_trial
+from radargate_pl.checkpoint_files import remove_checkpoint, remove_leftovers, second_name, write_checkpoint
+from radargate_pl.notices import say_once
+from radargate_pl.step_logging import is_trial
+from radargate_pl.validation_state import is_accumulating, validation_follows
 
 CHECKPOINTS = "checkpoints"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target, flushes it to disk and renames it.
+    """Writes a checkpoint beside its target, flushes it to disk and renames it; reads it as data only.
 
     Lightning's own writes to ``$TMPDIR`` and moves: across file systems that is a copy, half done when the job is
     killed.
@@ -29,23 +30,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path: the file.
             storage_options: not used.
         """
-        save_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        write_checkpoint(Path(path), checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Read one checkpoint without running any code in it.
+
+        Args:
+            path: the file.
+            map_location: as in ``torch.load``.
+            weights_only: always true, whatever is asked for.
+        """
+        content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
+        return content
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Keeps ``step=00000040.ckpt``, ``last.ckpt`` and ``best.ckpt`` in ``checkpoints/`` of the run folder.
 
     ``best.ckpt`` is the checkpoint with the lowest ``val/loss``, ``last.ckpt`` the newest. Both are second names of
-    step files and stay when those are removed. A checkpoint is written every ``every_n_steps``, after each validation,
-    and at the end.
+    step files and stay when those are removed; each has its SHA-256 beside it. A checkpoint is written every
+    ``every_n_steps``, before and after each validation, at the end, and whenever a step was asked for one. All of them
+    are taken between two optimiser steps, never in the middle of an accumulation.
 
     Args:
-        every_n_steps: optimiser steps between two checkpoints; ``None`` saves after validations and at the end only.
-        keep: how many of the newest step files stay; -1 keeps all.
+        every_n_steps: optimiser steps between two checkpoints; ``None`` saves at validations and at the end only.
+        keep: how many of the newest step files stay; -1 keeps all. With 2, the last but one is there if the last is
+            damaged.
         monitor: logged value that decides what is best, lower is better.
     """
 
-    def __init__(self, every_n_steps: int | None = None, keep: int = 1, monitor: str = "val/loss") -> None:
+    def __init__(self, every_n_steps: int | None = None, keep: int = 2, monitor: str = "val/loss") -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"Expected every_n_steps to be at least 1 or null, but got {every_n_steps}")
         if keep < 1 and keep != -1:
@@ -65,15 +79,21 @@ class RunCheckpoint(ModelCheckpoint):
         self.dirpath = str(Path(trainer.default_root_dir).resolve() / CHECKPOINTS)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # somebody's own plugin stays
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if stage == "fit" and trainer.is_global_zero and not is_trial(trainer):
+            remove_leftovers(self._folder)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save every ``every_n_steps`` and after the last step."""
-        if pl_module.completed_step is None:
+        """Save every ``every_n_steps``, before a validation, after the last step, and when asked to."""
+        done = pl_module.completed_step
+        if done is None:
             return
         is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        is_last = trainer.global_step == trainer.max_steps
+        if is_last and validation_follows(trainer):
+            return  # a fit that goes on from its last step has no more to do, not even that validation
         # The end of the fit is too late: Lightning then believes the epoch is over, and a longer fit would skip its
         # rest.
-        if is_due or trainer.global_step == trainer.max_steps:
+        if is_due or is_last or validation_follows(trainer) or done.requests.save or done.requests.stop:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -83,6 +103,12 @@ class RunCheckpoint(ModelCheckpoint):
         """Save, and keep the file as ``best.ckpt`` if the monitored value has never been lower."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or is_trial(trainer):
             return
+        if is_accumulating(trainer):
+            say_once(
+                "This validation fell between the micro-batches of a step: no checkpoint is written. Make "
+                "trainer.val_check_interval a multiple of trainer.accumulate_grad_batches."
+            )
+            return
         value = trainer.callback_metrics.get(str(self.monitor))
         is_best = value is not None and (self._best is None or float(value) < self._best)
         if value is not None and is_best:
@@ -91,15 +117,19 @@ class RunCheckpoint(ModelCheckpoint):
             self.best_model_path = str(self._folder / "best.ckpt")
         path = self._save(trainer)
         if is_best and trainer.is_global_zero:
-            link_or_copy(path, Path(self.best_model_path))
+            second_name(path, Path(self.best_model_path))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save what no step or validation has saved."""
-        if self._last_global_step_saved != trainer.global_step:
+        if not self.has_saved(trainer):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Nothing: in the middle of a step there is no state to go on from, and ``last.ckpt`` is there."""
+
+    def has_saved(self, trainer: Trainer) -> bool:
+        """Whether the present step has a checkpoint."""
+        return self._last_global_step_saved == trainer.global_step
 
     @property
     def _folder(self) -> Path:
@@ -112,9 +142,11 @@ class RunCheckpoint(ModelCheckpoint):
         if is_trial(trainer):
             return path
         self.last_model_path = str(folder / "last.ckpt")
+        for logger in trainer.loggers:
+            logger.save()  # a fit that goes on from here has the rows of all steps before
         self._save_checkpoint(trainer, str(path))
         if trainer.is_global_zero:
-            link_or_copy(path, folder / "last.ckpt")
+            second_name(path, folder / "last.ckpt")
             self._remove_older(folder, path)
         trainer.strategy.barrier()
         return path
@@ -124,7 +156,7 @@ class RunCheckpoint(ModelCheckpoint):
             return
         older = sorted(path for path in folder.glob("step=*.ckpt") if path.name <= newest.name)
         for path in older[: -self.keep]:
-            path.unlink()
+            remove_checkpoint(path)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""

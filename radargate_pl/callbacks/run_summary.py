@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from radargate_pl.atomic_files import write_json
 from radargate_pl.callbacks.rotation_angles import RotationAngleMonitor
 from radargate_pl.metrics import mean_over_tasks
+from radargate_pl.preemption import Preempted
 from radargate_pl.provenance import git_state, global_seed, installed_versions, peak_memory_bytes, redact_arguments
+from radargate_pl.quantization import number_of_weights
 
 SUMMARY_FILE = "summary.json"
 FORMAT_VERSION = 1
+NO_SCORES: dict[str, Any] = {"tasks": {}, "mean": None, "rotation": {"rms_angle_rad": None}}
 
 
 class RunSummary(Callback):
@@ -32,6 +35,7 @@ class RunSummary(Callback):
         self._tokens: Tensor | int = 0
         self._first_loss: Tensor | float | None = None
         self._last_loss: Tensor | float | None = None
+        self._scores: dict[str, Any] = {}  # of the latest validation of a fit
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Training begins."""
@@ -56,7 +60,10 @@ class RunSummary(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Go on with what was interrupted."""
-        self._stopwatch.enter("train" if trainer.state.fn == "fit" and not trainer.sanity_checking else "finish")
+        is_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
+        self._stopwatch.enter("train" if is_fit else "finish")
+        if is_fit:
+            self._scores = _scores(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """The test begins."""
@@ -81,8 +88,9 @@ class RunSummary(Callback):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the summary of a command that did not."""
         interrupted = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        status = "preempted" if isinstance(exception, Preempted) else "interrupted" if interrupted else "failed"
         error = f"{type(exception).__name__}: {exception}".rstrip(": ")
-        self._write(trainer, pl_module, "interrupted" if interrupted else "failed", error)
+        self._write(trainer, pl_module, status, error)
 
     def _write(self, trainer: Trainer, pl_module: Any, status: str, error: str | None) -> None:
         if not trainer.is_global_zero:
@@ -97,7 +105,7 @@ class RunSummary(Callback):
             **_network_facts(pl_module),
             "steps": max(trainer.global_step, getattr(pl_module, "restored_step", 0)),
             **self._measurements(is_fit=command == "fit"),
-            **_results(trainer, pl_module),
+            **(_scores(trainer, pl_module) or (self._scores if command == "fit" else {}) or NO_SCORES),
             **_settings(trainer),
         }
         write_summary(Path(trainer.default_root_dir), summary)
@@ -116,12 +124,14 @@ class RunSummary(Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The first loss, so that a resumed fit still reports where it came from."""
-        return {"first_loss": _number(self._first_loss)}
+        """Losses and latest scores, which a resumed fit reports too, also one that has no step left to take."""
+        losses = {"first_loss": _number(self._first_loss), "last_loss": _number(self._last_loss)}
+        return {**losses, "scores": self._scores}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the first loss."""
-        self._first_loss = state_dict["first_loss"]
+        """Take them over."""
+        self._first_loss, self._last_loss = state_dict["first_loss"], state_dict["last_loss"]
+        self._scores = state_dict["scores"]
 
 
 class Stopwatch:
@@ -195,18 +205,20 @@ def count_parameters(network: nn.Module) -> dict[str, int]:
         network: any module.
     """
     parameters = list(network.parameters())
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return {"trainable": trainable, "frozen": sum(parameter.numel() for parameter in parameters) - trainable}
+    trainable = sum(number_of_weights(parameter) for parameter in parameters if parameter.requires_grad)
+    return {"trainable": trainable, "frozen": sum(map(number_of_weights, parameters)) - trainable}
 
 
-def _results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+def _scores(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+    """What the latest evaluation found; empty without one."""
     results = getattr(pl_module, "task_results", {})
+    if not results:
+        return {}
     monitors = [monitor for monitor in _callbacks(trainer) if isinstance(monitor, RotationAngleMonitor)]
-    is_measured = bool(monitors) and bool(results)  # nobody measures angles in predict
     return {
         "tasks": {name: asdict(score) for name, score in results.items()},
-        "mean": asdict(mean_over_tasks(results)) if results else None,
-        "rotation": {"rms_angle_rad": monitors[0].latest_rms if is_measured else None},
+        "mean": asdict(mean_over_tasks(results)),
+        "rotation": {"rms_angle_rad": monitors[0].latest_rms if monitors else None},
     }
 
 

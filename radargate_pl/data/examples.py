@@ -67,10 +67,14 @@ class ExampleSet(Dataset[Example]):
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
+    def task_of(self, index: int) -> int:
+        """The task of the example at an index, as its position among the tasks."""
+        return bisect_right(self.ends, index)
+
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number = bisect_right(self.ends, index)
+        number = self.task_of(index)
         part = self.parts[number]
         local = index - (self.ends[number - 1] if number else 0)
         record = part.records[int(part.encoded.kept[local])]
@@ -114,8 +118,9 @@ class Collator:
 
     def _pad(self, rows: Sequence[list[int]], value: int) -> Tensor:
         """(rows, longest row) int64."""
-        length = max(len(row) for row in rows)
+        length = max((len(row) for row in rows), default=0)
         fillings = [[value] * (length - len(row)) for row in rows]
         left = self.prompts_only and not self.is_encoder_decoder
         pairs = zip(rows, fillings, strict=True)
-        return torch.tensor([fill + row if left else row + fill for row, fill in pairs], dtype=torch.int64)
+        padded = [fill + row if left else row + fill for row, fill in pairs]
+        return torch.tensor(padded, dtype=torch.int64).view(len(rows), length)

@@ -1,11 +1,13 @@
 """FlanMixture: a mixture of tasks as a LightningDataModule."""
 
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from radargate_pl.data.cache import Encoded, content_key, read_encoded, write_encoded
 from radargate_pl.data.examples import Collator, EncodedTask, Example, ExampleSet
@@ -14,7 +16,9 @@ from radargate_pl.data.mixing import Mixing, MixtureSampler, epoch_counts
 from radargate_pl.data.procedural import default_sizes
 from radargate_pl.data.prompts import RecordEncoder
 from radargate_pl.data.records import SPLITS, BadRecords, Split
+from radargate_pl.data.resumable_loader import MixtureBatches, ResumableLoader
 from radargate_pl.data.sources import Tasks, expand
+from radargate_pl.data.workers import leave_signals_to_the_main_process
 
 DEFAULT_SEED = 42
 
@@ -193,9 +197,11 @@ class FlanMixture(LightningDataModule):
         tasks = enumerate(self.tasks)
         return ExampleSet([EncodedTask(i, task.records[split], self.encoded[task.name, split]) for i, task in tasks])
 
-    def train_dataloader(self) -> DataLoader[Example]:
+    def train_dataloader(self) -> ResumableLoader:
         """Batches of the mixture, padded on the right."""
-        return self._loader("train", sampler=self.train_sampler())
+        examples = self.examples("train")
+        batches = MixtureBatches(self.train_sampler(), self.batch_size, *self._share(), self._owner_of(examples))
+        return ResumableLoader(examples, batches, self.collator(), self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
         """Validation examples, padded on the right; an empty list without any."""
@@ -223,14 +229,36 @@ class FlanMixture(LightningDataModule):
         pad = self.encoder.tokenizer.pad_token_id
         return Collator(pad, self.encoder.is_encoder_decoder, prompts_only)
 
-    def _loader(self, split: Split, prompts_only: bool = False, **options: Any) -> DataLoader[Example]:
+    def _share(self) -> tuple[int, int]:
+        """The number of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _owner_of(self, examples: ExampleSet) -> Callable[[int], int] | None:
+        """Which process has an example, where each trains experts of its own; see `ExpertDivision`."""
+        division = getattr(self.trainer and self.trainer.strategy, "division", None)
+        if division is None:
+            return None
+        lm: Any = self.trainer and self.trainer.lightning_module
+        expert_of_task = lm.expert_ids(torch.arange(len(self.tasks))).tolist()
+        return lambda index: int(division.owner(expert_of_task[examples.task_of(index)]))
+
+    def _loader(self, split: Split, prompts_only: bool = False) -> DataLoader[Example]:
+        """This process's share of a split, every example once on some process; none is repeated to even them out."""
+        rank, world_size = self._share()
+        examples = self.examples(split)
+        if len(examples) < world_size:
+            raise ValueError(
+                f"Expected at least one {split} example for each of {world_size} processes, but there are "
+                f"{len(examples)}. Use fewer devices or more examples."
+            )
         return DataLoader(
-            self.examples(split),
+            Subset(examples, range(rank, len(examples), world_size)),
             batch_size=self.batch_size,
             collate_fn=self.collator(prompts_only),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            **options,
+            worker_init_fn=leave_signals_to_the_main_process,
+            generator=torch.Generator(),  # a loader draws a number; not one of those that training draws from
         )
 
     def preview(self, n: int = 3) -> str:

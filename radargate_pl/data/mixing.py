@@ -76,8 +76,6 @@ class MixtureSampler(Sampler[int]):
     e takes the next `count` of that row, so examples of a capped task rotate and nothing repeats within a pass. Which
     task comes when is a permutation of the epoch. A task's row does not depend on which other tasks there are.
 
-    Positions count samples of all processes together: process r of w takes positions r, r + w, ... of the order.
-
     Args:
         sizes: Train examples of each task, in the order in which the train set holds them.
         counts: Examples of each task in an epoch.
@@ -90,11 +88,15 @@ class MixtureSampler(Sampler[int]):
         self.counts = dict(counts)
         self.seed = seed
         self.epoch = 0
-        self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; Lightning calls this."""
         self.epoch = epoch
+
+    def describe(self) -> str:
+        """Everything the order follows from, as text."""
+        tasks = ", ".join(f"{name}: {count} of {self.sizes[name]}" for name, count in self.counts.items())
+        return f"seed {self.seed}; examples of an epoch: {tasks}"
 
     def order(self, epoch: int) -> Tensor:
         """All indices of an epoch.
@@ -130,9 +132,8 @@ class MixtureSampler(Sampler[int]):
         return torch.randperm(size, generator=generator)
 
     def __iter__(self) -> Iterator[int]:
-        """Iterate over the epoch from position `start`; the epoch after it begins at 0."""
-        start, self.start = self.start, 0
-        yield from self.order(self.epoch)[start:].tolist()
+        """Iterate over the epoch."""
+        yield from self.order(self.epoch).tolist()
 
     def __len__(self) -> int:
         """Examples in an epoch."""

@@ -87,14 +87,11 @@ def test_a_tasks_row_does_not_depend_on_the_others():
     assert alone.order(2).tolist() == [index - 6 for index in together.order(2).tolist() if index >= 6]
 
 
-def test_iteration_follows_the_epoch_and_starts_once_at_a_position():
+def test_iteration_follows_the_epoch():
     mixture = sampler()
     mixture.set_epoch(1)
     assert list(mixture) == mixture.order(1).tolist()
     assert len(mixture) == 14
-    mixture.start = 5
-    assert list(mixture) == mixture.order(1).tolist()[5:]
-    assert list(mixture) == mixture.order(1).tolist()
 
 
 def test_tasks_are_spread_over_the_epoch():

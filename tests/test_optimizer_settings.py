@@ -1,0 +1,87 @@
+"""What the configuration changes wins over a checkpoint; everything else stays as it was restored."""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_checkpoint import last
+from tiny_runs import adapters, fit, gated_lm
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LinearLR
+
+from radargate_pl.callbacks import ExactResume, RunCheckpoint
+from radargate_pl.optimizer_settings import (
+    apply_optimizer_changes,
+    apply_schedule_changes,
+    optimizer_settings,
+    schedule_settings,
+)
+
+
+def made(lr: float = 0.1, total: int = 10, **options: object) -> tuple[AdamW, LinearLR]:
+    optimizer = AdamW([torch.zeros(2, requires_grad=True)], lr=lr, **options)
+    return optimizer, LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=total)
+
+
+def resumed(before: tuple, now: tuple, steps: int = 4) -> tuple[list[str], AdamW, LinearLR]:
+    """`before` takes steps; its states go into `now`, whose settings then win."""
+    told = [[optimizer_settings(o)[0], schedule_settings(s)] for o, s in (before, now)]
+    for _ in range(steps):
+        before[0].step()
+        before[1].step()
+    optimizer, schedule = now
+    optimizer.load_state_dict(copy.deepcopy(before[0].state_dict()))
+    schedule.load_state_dict(copy.deepcopy(before[1].state_dict()))
+    lines = apply_optimizer_changes([told[0][0]], [told[1][0]], optimizer, [schedule])
+    return lines + apply_schedule_changes(told[0][1], told[1][1], schedule), optimizer, schedule
+
+
+def test_nothing_changes_where_nothing_was_changed() -> None:
+    lines, optimizer, schedule = resumed(made(), made())
+    assert lines == []
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.06)
+    assert schedule.last_epoch == 4
+
+
+def test_a_learning_rate_scales_the_present_one_of_the_schedule_and_the_schedule_goes_on_with_it() -> None:
+    lines, optimizer, schedule = resumed(made(0.1), made(0.2, weight_decay=0.5))
+    assert [line.partition(":")[0] for line in lines] == ["weight_decay", "initial_lr"]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.12)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.10)
+
+
+def test_the_length_of_a_schedule_may_change() -> None:
+    lines, _, schedule = resumed(made(total=10), made(total=20))
+    assert lines == ["LinearLR.total_iters: 10 in the checkpoint, 20 now, which is used"]
+    assert schedule.total_iters == 20
+
+
+def test_a_fit_goes_on_with_the_rate_it_was_given_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    experts = adapters(tmp_path / "experts")
+    fit(gated_lm(experts, lr=1e-2), tmp_path, RunCheckpoint(), ExactResume(), steps=2)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    with caplog.at_level("INFO"):
+        fit(gated_lm(experts, lr=1e-3), tmp_path, RunCheckpoint(), ExactResume(), steps=4, resume=path)
+    group = last(tmp_path)["optimizer_states"][0]["param_groups"][0]
+    assert group["lr"] == 1e-3
+    said = caplog.text + capsys.readouterr().err
+    assert re.search(r"another setting: lr: 0\.01 in the checkpoint, 0\.001 now, which is used", said)
+
+
+def test_without_the_callback_the_checkpoint_says_so(tmp_path: Path) -> None:
+    experts = adapters(tmp_path / "experts")
+    fit(gated_lm(experts), tmp_path, RunCheckpoint(), steps=2)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    resume = partial(fit, gated_lm(experts), tmp_path, RunCheckpoint(), ExactResume(), steps=3, resume=path)
+    with pytest.warns(UserWarning, match="holds no random state"):
+        resume()
