@@ -49,7 +49,12 @@ _EPILOG = (
 
 # The data's tokenizer is always the backbone's.
 LINKS = {"data.init_args.tokenizer": "model.network.init_args.backbone"}
-TRAINER_DEFAULTS = {"use_distributed_sampler": False, "default_root_dir": "runs/unnamed"}
+# PartsTable says what Lightning's summary would, with dtypes and bytes.
+TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,
+    "default_root_dir": "runs/unnamed",
+    "enable_model_summary": False,
+}
 FLAGS = {
     "preview": "Print three records with the tokens that carry loss, and exit before any weights are loaded.",
     "overwrite": "Replace the run that the run folder holds: its checkpoints, gate, experts and metrics are deleted.",

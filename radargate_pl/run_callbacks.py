@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from radargate_pl.callbacks import ExactResume
+from radargate_pl.callbacks.exact_resume import repeats_validation
 from radargate_pl.run_folder import stored_changes, stored_config, write_config
 from radargate_pl.run_loggers import RunCSVLogger
 
@@ -37,21 +37,16 @@ class StoreConfig(SaveConfigCallback):
         """Lightning calls this once, on rank zero."""
         assert trainer.state.fn is not None, "Lightning sets it before setup"
         folder, text = Path(trainer.default_root_dir), stored_config(plain_config(self.parser, self.config))
-        if trainer.state.fn == "fit" and trainer.ckpt_path is not None:
+        if trainer.state.fn == "fit" and self.config.get("ckpt_path"):
             for line in stored_changes(folder, text):
                 rank_zero_info(f"config changed since the run began: {line}")
         write_config(folder, str(trainer.state.fn.value), text)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed fit takes some steps again: their old rows go."""
-        repeats = any(isinstance(c, ExactResume) and c.repeats_validation for c in _callbacks(trainer))
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger):
-                logger.drop_after(trainer.global_step, repeats)
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined]
+                logger.drop_after(trainer.global_step, repeats_validation(trainer))
 
 
 class LoadGateFolder(Callback):

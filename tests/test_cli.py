@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from radargate_pl import __version__
+from radargate_pl.checkpoint import load_checkpoint
 from radargate_pl.cli import main
 
 DEBUG = ["--config", "configs/debug.yaml", "--rotation_angles.warn_below", "0"]  # six steps hardly rotate
@@ -169,11 +170,18 @@ class TestRunFolder:
         assert not (run / "checkpoints/step=00000006.ckpt").exists()
         assert summary(run)["steps"] == 2
 
-    @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
-    def test_resume_goes_on_and_keeps_the_metrics(self, workspace):
+    def test_resume_goes_on_with_what_was_typed_and_keeps_the_metrics(self, workspace, caplog):
         run = workspace / "runs/debug"
-        assert main(["fit", *DEBUG, "--trainer.max_steps", "8", "--ckpt_path", "auto"]) == 0
+        words = ["--trainer.max_steps", "8", "--ckpt_path", "auto", "--model.optimizer.lr", "0.003"]
+        with caplog.at_level("INFO"):
+            assert main(["fit", *DEBUG, *words]) == 0
         assert summary(run)["steps"] == 8
+        said = caplog.text
+        assert "config changed since the run began: trainer.max_steps: 6 before, 8 now" in said
+        assert "lr: 0.01 in the checkpoint, 0.003 now, which is used" in said
+        assert (
+            load_checkpoint(str(run / "checkpoints/last.ckpt"))["optimizer_states"][0]["param_groups"][0]["lr"] == 0.003
+        )
         with (run / "metrics.csv").open(newline="") as file:
             steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/lr"]]
         assert steps == list(range(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from lightning.pytorch import Callback
 from test_checkpoint import last
 from tiny_runs import adapters, fit, gated_lm, two_row_batches
 
-from radargate_pl.callbacks import ExactResume, Preemption, RunCheckpoint
+from radargate_pl.callbacks import ExactResume, Preemption, RotationAngleMonitor, RunCheckpoint
 from radargate_pl.preemption import EXIT_CODE, Preempted, SignalWatch, take_trigger
 from radargate_pl.steps import StepRequests
 
@@ -155,3 +156,24 @@ save_atomically(path, write)
     assert done.returncode == 128 + signal.SIGUSR1, done.stderr
     assert "SIGUSR1 again: ending at once" in done.stderr
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_rows_of_a_validation_that_is_repeated_are_written_once(tmp_path: Path) -> None:
+    """The process dies between the end of a validation and its checkpoint."""
+
+    class DiedError(RuntimeError):
+        pass
+
+    class DieAfterValidation(Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            raise DiedError
+
+    def go(folder: Path, *callbacks: Callback, resume: Path | None = None) -> list[str]:
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(DiedError):
+            run(folder, RotationAngleMonitor(), *callbacks, resume=resume)
+        return (folder / "angles.csv").read_text().splitlines()
+
+    whole = go(tmp_path / "whole")
+    assert len(go(tmp_path / "run", DieAfterValidation())) > 1, "rows of the validation must be there already"
+    assert go(tmp_path / "run", resume=tmp_path / "run" / "checkpoints" / "last.ckpt") == whole

@@ -35,7 +35,7 @@ class ExactResume(Callback):
         self._schedules: list[Any] = []
 
     @property
-    def repeats_validation(self) -> bool:
+    def begins_with_validation(self) -> bool:
         """Whether the fit goes on with a validation that was not finished when its checkpoint was written."""
         return self._resumed is not None and bool(self._resumed["validation_follows"])
 
@@ -111,6 +111,12 @@ class ExactResume(Callback):
             set_random_state(states[trainer.global_rank])
         else:
             seed_rank(_seed(), trainer.global_rank, trainer.global_step)
+
+
+def repeats_validation(trainer: Trainer) -> bool:
+    """Whether a resumed fit begins with the validation of its latest step, of which files may hold rows already."""
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+    return any(isinstance(callback, ExactResume) and callback.begins_with_validation for callback in callbacks)
 
 
 def _examples_a_batch(trainer: Trainer) -> int:
