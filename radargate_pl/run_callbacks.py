@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from radargate_pl.callbacks.exact_resume import repeats_validation
+from radargate_pl.callbacks.exact_resume import may_validate_again
 from radargate_pl.run_folder import stored_changes, stored_config, write_config
 from radargate_pl.run_loggers import RunCSVLogger
 
@@ -46,7 +46,7 @@ class StoreConfig(SaveConfigCallback):
         """A resumed fit takes some steps again: their old rows go."""
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger):
-                logger.drop_after(trainer.global_step, repeats_validation(trainer))
+                logger.drop_after(trainer.global_step, may_validate_again(trainer))
 
 
 class LoadGateFolder(Callback):

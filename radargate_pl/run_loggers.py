@@ -65,12 +65,12 @@ class RunCSVLogger(CSVLogger):
         self.experiment.save()
 
     @rank_zero_only
-    def drop_after(self, step: int, repeats_validation: bool = False) -> None:
+    def drop_after(self, step: int, may_validate_again: bool = False) -> None:
         """Remove rows of steps that a resumed fit is about to take again.
 
         Args:
             step: optimiser steps done so far; rows carry steps counted from 0, and a validation those of its last one.
-            repeats_validation: whether the fit begins with the validation of the latest step.
+            may_validate_again: whether what is there of validations of the latest step came after the checkpoint.
         """
         path = Path(self.log_dir) / METRICS
         if not path.exists():
@@ -81,7 +81,7 @@ class RunCSVLogger(CSVLogger):
         if rows:
             writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\r\n")
             writer.writeheader()
-            writer.writerows(row for row in rows if _is_before(row, step, repeats_validation))
+            writer.writerows(row for row in rows if _is_before(row, step, may_validate_again))
         write_text(path, text.getvalue())
 
 
@@ -97,8 +97,8 @@ class _AppendingWriter(ExperimentWriter):
         """Lightning's would warn about the folder and delete the file."""
 
 
-def _is_before(row: dict[str, str], step: int, repeats_validation: bool) -> bool:
-    is_repeated = repeats_validation and any(value and name.startswith("val/") for name, value in row.items())
+def _is_before(row: dict[str, str], step: int, may_validate_again: bool) -> bool:
+    is_repeated = may_validate_again and any(value and name.startswith("val/") for name, value in row.items())
     return int(row["step"]) < step - is_repeated
 
 

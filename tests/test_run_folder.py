@@ -153,7 +153,7 @@ def test_a_validation_to_be_repeated_loses_its_row_and_the_step_keeps_its_own(tm
         logger.log_metrics({"train/loss": float(step)}, step)
         logger.log_metrics({"val/loss": 10.0 + step}, step)
     logger.finalize("success")
-    RunCSVLogger(tmp_path).drop_after(2, repeats_validation=True)
+    RunCSVLogger(tmp_path).drop_after(2, may_validate_again=True)
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines == ["step,train/loss,val/loss", "0,0.0,", "0,,10.0", "1,1.0,"]
 

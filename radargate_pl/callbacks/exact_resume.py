@@ -35,9 +35,9 @@ class ExactResume(Callback):
         self._schedules: list[Any] = []
 
     @property
-    def begins_with_validation(self) -> bool:
-        """Whether the fit goes on with a validation that was not finished when its checkpoint was written."""
-        return self._resumed is not None and bool(self._resumed["validation_follows"])
+    def may_validate_again(self) -> bool:
+        """Whether the checkpoint that the fit goes on from was written before any validation of its step."""
+        return self._resumed is not None and not self._resumed["is_validated"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Read what the configuration says of the optimiser, before a checkpoint is loaded into it."""
@@ -56,9 +56,9 @@ class ExactResume(Callback):
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "optimizers": self._optimizers,
             "schedules": self._schedules,
+            "is_validated": not is_between_steps(trainer),
         }
-        checkpoint[SECTION]["validation_follows"] = is_between_steps(trainer) and validation_follows(trainer)
-        if checkpoint[SECTION]["validation_follows"]:
+        if is_between_steps(trainer) and validation_follows(trainer):
             mark_validation_as_begun(checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -113,10 +113,10 @@ class ExactResume(Callback):
             seed_rank(_seed(), trainer.global_rank, trainer.global_step)
 
 
-def repeats_validation(trainer: Trainer) -> bool:
-    """Whether a resumed fit begins with the validation of its latest step, of which files may hold rows already."""
+def may_validate_again(trainer: Trainer) -> bool:
+    """Whether a resumed fit may repeat a validation of its latest step, of which files may hold rows already."""
     callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-    return any(isinstance(callback, ExactResume) and callback.begins_with_validation for callback in callbacks)
+    return any(isinstance(callback, ExactResume) and callback.may_validate_again for callback in callbacks)
 
 
 def _examples_a_batch(trainer: Trainer) -> int:

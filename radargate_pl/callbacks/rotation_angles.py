@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from radargate_pl.atomic_files import write_text
-from radargate_pl.callbacks.exact_resume import repeats_validation
+from radargate_pl.callbacks.exact_resume import may_validate_again
 from radargate_pl.records import AngleStatistics, GateOutput
 from radargate_pl.step_logging import finished_steps_before, log_to_loggers
 
@@ -105,7 +105,7 @@ class RotationAngleMonitor(Callback):
         path = Path(trainer.default_root_dir) / ANGLES_FILE
         if trainer.is_global_zero and path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            last = trainer.global_step - repeats_validation(trainer)
+            last = trainer.global_step - may_validate_again(trainer)
             kept = [line for line in lines[1:] if line.endswith("\n") and _step_of(line) <= last]
             write_text(path, "".join(lines[:1] + kept)) if kept else path.unlink()
 

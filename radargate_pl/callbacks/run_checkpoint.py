@@ -105,8 +105,9 @@ class RunCheckpoint(ModelCheckpoint):
             return
         if is_accumulating(trainer):
             say_once(
-                "This validation fell between the micro-batches of a step: no checkpoint is written. Make "
-                "trainer.val_check_interval a multiple of trainer.accumulate_grad_batches."
+                "This validation fell between the micro-batches of a step: no checkpoint is written, and it may not "
+                "become the best. Make trainer.val_check_interval and the batches of an epoch multiples of "
+                "trainer.accumulate_grad_batches."
             )
             return
         value = trainer.callback_metrics.get(str(self.monitor))
