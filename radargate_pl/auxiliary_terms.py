@@ -140,17 +140,23 @@ class AuxiliaryTerms:
         self._sums = sums if self._sums is None else self._sums + sums
         return (stacked * stacked.new_tensor(list(self.coefficients.values()))).sum()
 
-    def finish(self) -> dict[str, Tensor]:
+    def finish(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """Close the optimiser step.
+
+        Args:
+            device: of the sums, for a rank that has seen no example.
 
         Returns:
             Name to mean value over the examples of all its micro-batches and ranks, float64, without the factor.
         """
-        if self._sums is None:
+        if not self.coefficients:
             return {}
         sums, self._sums = self._sums, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            sums = torch.zeros(len(self.coefficients) + 1, dtype=torch.float64, device=device) if sums is None else sums
             torch.distributed.all_reduce(sums)
+        if sums is None:
+            return {}
         return dict(zip(self.coefficients, sums[:-1] / sums[-1], strict=True))
 
     def reset(self) -> None:

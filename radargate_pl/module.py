@@ -269,7 +269,7 @@ class AdaptedLM(LightningModule):
         )
         rate = float(optimizer.param_groups[0]["lr"])
         self.completed_step = CompletedStep(self.trainer.global_step + 1, loss, rate, requests)
-        self._log_step(self.completed_step, self.auxiliary_losses.finish())
+        self._log_step(self.completed_step, self.auxiliary_losses.finish(self.device))
 
     def _log_step(self, done: CompletedStep, auxiliary: dict[str, Tensor]) -> None:
         values = {f"train/aux/{name}": value for name, value in auxiliary.items()}

@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 Settings = dict[str, Any]
+RATES = ("base_lrs", "_last_lr")  # of the optimiser's groups
 
 
 def optimizer_settings(optimizer: Optimizer) -> list[Settings]:
@@ -15,8 +16,10 @@ def optimizer_settings(optimizer: Optimizer) -> list[Settings]:
 
 
 def schedule_settings(scheduler: LRScheduler) -> Settings:
-    """What the configuration says of a schedule; to be read before it advances."""
-    return _plain(scheduler.state_dict())
+    """What the configuration says of a schedule, its class included; to be read before it advances."""
+    inner = [schedule_settings(one) for one in getattr(scheduler, "_schedulers", ())]
+    state = {name: value for name, value in _plain(scheduler.state_dict()).items() if name not in RATES}
+    return {"class": type(scheduler).__name__, **state, **({"schedulers": inner} if inner else {})}
 
 
 def apply_optimizer_changes(
@@ -50,14 +53,27 @@ def apply_optimizer_changes(
     return lines
 
 
-def apply_schedule_changes(before: Settings, now: Settings, scheduler: LRScheduler) -> list[str]:
-    """Give a restored schedule the settings that have been changed since; see `apply_optimizer_changes`."""
-    lines = []
-    for name, saved, given in _changes(before, now):
-        if name not in ("base_lrs", "_last_lr"):  # the optimiser's
-            setattr(scheduler, name, given)
-            lines.append(f"{type(scheduler).__name__}.{name}: {saved} in the checkpoint, {given} now, which is used")
-    return lines
+def check_schedules(before: Sequence[Settings], now: Sequence[Settings]) -> None:
+    """Refuse a schedule that is not the one of the checkpoint, but for the learning rates it starts from.
+
+    A schedule computes each rate from the one before: with other settings in the middle it follows neither curve.
+
+    Raises:
+        ValueError: naming what differs, with both values.
+    """
+    problems = []
+    if len(before) != len(now):
+        problems.append(f"{len(before)} schedule(s) in the checkpoint, {len(now)} now")
+    for old, new in zip(before, now, strict=False):
+        problems += [f"{name}: {saved} in the checkpoint, {given} now" for name, saved, given in _changes(old, new)]
+        if old.keys() != new.keys():
+            problems.append(f"settings {sorted(old)} in the checkpoint, {sorted(new)} now")
+    if problems:
+        raise ValueError(
+            "Expected model.lr_scheduler of a resumed fit to be that of its checkpoint, but got "
+            f"{'; '.join(problems)}. Keep it, or start a new run from the weights: --ckpt_path RUN/gate with another "
+            "trainer.default_root_dir."
+        )
 
 
 def _changes(before: Settings, now: Settings) -> Iterator[tuple[str, Any, Any]]:

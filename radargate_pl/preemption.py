@@ -7,6 +7,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
 from radargate_pl.atomic_files import remove_unfinished
 from radargate_pl.steps import StepRequests
 
@@ -44,33 +46,22 @@ class SignalWatch:
 
     def __init__(self, requests: StepRequests) -> None:
         self.requests = requests
-        self.is_active = False
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Handle the signals from now on; again after somebody else has taken them over."""
+        """Handle the signals from now on."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows handlers in the main thread only; elsewhere the process has another owner
-        self.is_active = True
-        for number in SIGNALS:
-            handler = signal.signal(number, self._handle)
-            self._before.setdefault(number, handler)
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def remove(self) -> None:
-        """Give the signals back.
-
-        Lightning notes the handlers it finds when a fit starts, and puts them back when all callbacks are done: should
-        that be this one, it passes signals on.
-        """
-        if self.is_active and threading.current_thread() is threading.main_thread():
+        """Give the signals back."""
+        if threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self.is_active = False
+        self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.is_active:
-            self._pass_on(number, frame)
-            return
         name = signal.Signals(number).name
         if self.requests.stop:
             os.write(2, f"radargate: {name} again: ending at once\n".encode())
@@ -79,13 +70,15 @@ class SignalWatch:
         self.requests.stop = True
         os.write(2, f"radargate: {name}: saving at the next step boundary, then exit code {EXIT_CODE}\n".encode())
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        before = self._before.get(number)
-        if callable(before):
-            before(number, frame)
-        elif before != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+
+def leave_children_alone() -> None:
+    """Keep Lightning from killing this process because the ranks it started have ended with another code than 0.
+
+    Its launcher looks after them in a thread, every five seconds; all of them are about to end with 85.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._child_processes = []
 
 
 def take_trigger(folder: Path) -> bool:

@@ -6,9 +6,14 @@ from typing import Any
 import numpy
 import torch
 
+CPU = torch.device("cpu")
 
-def random_state() -> dict[str, Any]:
-    """Return the state of Python, NumPy, torch on the CPU and on every CUDA device.
+
+def random_state(device: torch.device = CPU) -> dict[str, Any]:
+    """Return the state of Python, NumPy, torch on the CPU and on a process's own device.
+
+    Args:
+        device: what the process computes on; its number may be another one when the state is put back.
 
     Returns:
         Tensors and numbers only.
@@ -26,14 +31,16 @@ def random_state() -> dict[str, Any]:
             "cached": float(cached),
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device = CPU) -> None:
     """Put every source back into a state that `random_state` returned.
 
-    CUDA devices that the state does not know, and states of devices that are not there, are left alone.
+    Args:
+        state: of any process.
+        device: what this process computes on; left alone if the state comes from a process without a CUDA device.
     """
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
@@ -41,9 +48,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     keys = legacy["keys"].numpy().astype("uint32")
     numpy.random.set_state((legacy["name"], keys, legacy["position"], legacy["has_gauss"], legacy["cached"]))
     torch.set_rng_state(state["torch"])
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for device, words in enumerate(state["cuda"][:devices]):
-        torch.cuda.set_rng_state(words, device)
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def seed_rank(seed: int, rank: int, step: int = 0) -> None:

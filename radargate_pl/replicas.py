@@ -6,12 +6,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from radargate_pl.processes import gathered
+
 
 def checksum(tensor: Tensor) -> int:
     """A number that changes with (almost) every change of a tensor's bytes; read in place, on its device.
 
-    The bytes are added up as integers, plainly and weighted by their place modulo 251, so that neither a flipped bit
-    nor two exchanged values go unseen.
+    The bytes are added up as integers, plainly and weighted by their place modulo 251: a flipped bit is always seen, an
+    exchange of values unless they lie a multiple of 251 bytes apart.
     """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     total = 0
@@ -43,8 +45,7 @@ def differing(tensors: Mapping[str, Tensor], world_size: int) -> list[str]:
     """
     if world_size == 1:
         return []
-    everywhere: list[dict[str, int]] = [{} for _ in range(world_size)]
-    torch.distributed.all_gather_object(everywhere, digests(tensors))
+    everywhere = gathered(digests(tensors), world_size)
     names = dict.fromkeys(name for found in everywhere for name in found)
     return [name for name in names if len({found.get(name) for found in everywhere}) > 1]
 

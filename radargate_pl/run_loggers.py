@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,14 @@ class RunCSVLogger(CSVLogger):
         if not path.exists():
             return
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        text = io.StringIO()
-        if rows:
-            writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\r\n")
-            writer.writeheader()
-            writer.writerows(row for row in rows if _is_before(row, step, may_validate_again))
-        write_text(path, text.getvalue())
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), list(reader.fieldnames or ())
+        if not columns:  # an empty file would never get a header
+            path.unlink()
+            return
+        write_text(
+            path, _as_csv(columns, (r for r in rows if _is_whole(r) and _is_before(r, step, may_validate_again)))
+        )
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -93,8 +95,27 @@ class _AppendingWriter(ExperimentWriter):
             with path.open(newline="", encoding="utf-8") as file:
                 self.metrics_keys = next(csv.reader(file), [])
 
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Make room for new columns, whole or not at all: Lightning's own writes over the file in place."""
+        with Path(self.metrics_file_path).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        write_text(Path(self.metrics_file_path), _as_csv(fieldnames, rows))
+
     def _check_log_dir_exists(self) -> None:
         """Lightning's would warn about the folder and delete the file."""
+
+
+def _as_csv(columns: Sequence[str], rows: Iterable[dict[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    """A full disk leaves half of the last row."""
+    return None not in row and None not in row.values() and row["step"].isdecimal()
 
 
 def _is_before(row: dict[str, str], step: int, may_validate_again: bool) -> bool:

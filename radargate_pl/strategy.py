@@ -1,5 +1,6 @@
 """Data parallel training of what is small beside a frozen backbone (layer 5)."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
@@ -40,6 +41,7 @@ class GateDDPStrategy(DDPStrategy):
         check_replicas(frozen, self.world_size, "frozen weights", REMEDY)
         experts = experts_alone(module.network)
         if self.world_size > 1 and len(experts) > 1:
+            check_nothing_is_shared(module, experts)
             self.division = ExpertDivision(experts, self.global_rank, self.world_size)
             return
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(frozen))
@@ -66,6 +68,22 @@ class GateDDPStrategy(DDPStrategy):
 def experts_alone(network: GatedNetwork) -> dict[int, list[Tensor]]:
     """Id of each expert that trains under TaskGate to the parameters that are its own."""
     return expert_parameters(network, network.experts)
+
+
+def check_nothing_is_shared(module: nn.Module, experts: Mapping[int, Sequence[Tensor]]) -> None:
+    """Refuse to divide experts that train something together (one A for all: HydraLoRA's).
+
+    Raises:
+        ValueError: naming the parameters.
+    """
+    owned = {id(parameter) for parameters in experts.values() for parameter in parameters}
+    shared = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in owned]
+    if shared:
+        raise ValueError(
+            "Expected experts that train under TaskGate on several processes to have all their parameters to "
+            f"themselves, but they share {', '.join(shared[:3])} and others. Use one process, share_A: false, or a "
+            "gate that sends every example through all experts."
+        )
 
 
 def check_strategy(strategy: Strategy, network: GatedNetwork) -> None:

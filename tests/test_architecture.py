@@ -38,7 +38,8 @@ LAYERS = {
     4: {"data"},
     5: {
         *("module", "auxiliary_terms", "steps", "metrics", "checkpoint", "expert_gradients", "parameter_groups"),
-        *("checkpoint_files", "expert_division", "optimizer_settings", "preemption", "random_state", "replicas"),
+        *("checkpoint_files", "expert_division", "optimizer_settings", "preemption", "processes", "random_state"),
+        "replicas",
         *("step_gradients", "step_logging", "strategy", "validation_state"),
         *("provenance", "search", "callbacks", "slurm"),
     },

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -45,8 +46,9 @@ def children(process: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def test_one_rank_is_asked_to_stop_and_both_end_with_a_checkpoint(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGUSR1, False), (signal.SIGTERM, True)])
+def test_two_ranks_end_with_a_checkpoint_whoever_is_asked(
+    number: int, to_all: bool, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -58,10 +60,12 @@ def test_one_rank_is_asked_to_stop_and_both_end_with_a_checkpoint(
     process = script.start(setting, run)
     (other,) = wait_for(lambda: children(process.pid))
     wait_for(lambda: "step 1/" in run.with_suffix(".log").read_text())
-    os.kill(other, signal.SIGUSR1)
+    os.killpg(process.pid, number) if to_all else os.kill(other, number)
     assert process.wait(timeout=120) == EXIT_CODE, run.with_suffix(".log").read_text()[-3000:]
     wait_for(lambda: not Path(f"/proc/{other}").exists())
-    assert run.with_suffix(".log").read_text().count("SIGUSR1: saving at the next step boundary") == 1
+    said = f"{signal.Signals(number).name}: saving at the next step boundary"
+    assert run.with_suffix(".log").read_text().count(said) == 1 + to_all
+    assert json.loads((run / "summary.json").read_text())["status"] == "preempted"
     assert not list(run.rglob(".*"))
     script.finish(setting, run, "--ckpt_path", "auto")
     assert script.differences(reference, run) == []

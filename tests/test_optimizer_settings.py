@@ -12,12 +12,12 @@ import torch
 from test_checkpoint import last
 from tiny_runs import adapters, fit, gated_lm
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LinearLR, SequentialLR, StepLR
 
 from radargate_pl.callbacks import ExactResume, RunCheckpoint
 from radargate_pl.optimizer_settings import (
     apply_optimizer_changes,
-    apply_schedule_changes,
+    check_schedules,
     optimizer_settings,
     schedule_settings,
 )
@@ -38,7 +38,8 @@ def resumed(before: tuple, now: tuple, steps: int = 4) -> tuple[list[str], AdamW
     optimizer.load_state_dict(copy.deepcopy(before[0].state_dict()))
     schedule.load_state_dict(copy.deepcopy(before[1].state_dict()))
     lines = apply_optimizer_changes([told[0][0]], [told[1][0]], optimizer, [schedule])
-    return lines + apply_schedule_changes(told[0][1], told[1][1], schedule), optimizer, schedule
+    check_schedules([told[0][1]], [told[1][1]])
+    return lines, optimizer, schedule
 
 
 def test_nothing_changes_where_nothing_was_changed() -> None:
@@ -58,10 +59,25 @@ def test_a_learning_rate_scales_the_present_one_of_the_schedule_and_the_schedule
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.10)
 
 
-def test_the_length_of_a_schedule_may_change() -> None:
-    lines, _, schedule = resumed(made(total=10), made(total=20))
-    assert lines == ["LinearLR.total_iters: 10 in the checkpoint, 20 now, which is used"]
-    assert schedule.total_iters == 20
+def test_another_schedule_is_refused_with_both_values() -> None:
+    with pytest.raises(ValueError, match="total_iters: 10 in the checkpoint, 20 now"):
+        resumed(made(total=10), made(total=20))
+    linear, step = made()[1], StepLR(made()[0], 3)
+    with pytest.raises(ValueError, match="class: LinearLR in the checkpoint, StepLR now"):
+        check_schedules([schedule_settings(linear)], [schedule_settings(step)])
+    with pytest.raises(ValueError, match=r"1 schedule\(s\) in the checkpoint, 0 now"):
+        check_schedules([schedule_settings(linear)], [])
+
+
+def test_schedules_inside_a_schedule_are_compared() -> None:
+    def settings(length: int) -> dict:
+        optimizer = made()[0]
+        parts = [LinearLR(optimizer, total_iters=length), StepLR(optimizer, 3)]
+        return schedule_settings(SequentialLR(optimizer, parts, milestones=[5]))
+
+    check_schedules([settings(5)], [settings(5)])
+    with pytest.raises(ValueError, match="schedulers"):
+        check_schedules([settings(5)], [settings(6)])
 
 
 def test_a_fit_goes_on_with_the_rate_it_was_given_and_says_so(

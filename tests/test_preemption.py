@@ -128,7 +128,6 @@ def test_the_first_signal_only_asks(handlers: None, capfd: pytest.CaptureFixture
     requests = StepRequests()
     watch = SignalWatch(requests)
     watch.install()
-    watch.install()
     os.kill(os.getpid(), signal.SIGUSR1)
     assert (requests.stop, requests.save) == (True, False)
     assert "SIGUSR1: saving at the next step boundary, then exit code 85" in capfd.readouterr().err
@@ -177,3 +176,16 @@ def test_rows_of_a_validation_that_is_repeated_are_written_once(tmp_path: Path) 
     whole = go(tmp_path / "whole")
     assert len(go(tmp_path / "run", DieAfterValidation())) > 1, "rows of the validation must be there already"
     assert go(tmp_path / "run", resume=tmp_path / "run" / "checkpoints" / "last.ckpt") == whole
+
+
+def test_a_checkpoint_of_a_repeated_validation_holds_the_random_numbers_of_its_step(tmp_path: Path) -> None:
+    with pytest.raises(Preempted):
+        run(tmp_path / "run", At(send(signal.SIGTERM), step=2, in_validation=True))
+    before = last(tmp_path / "run")["resume"]["random_states"][0]["torch"]
+    torch.manual_seed(77)
+    stop = At(lambda: (_ for _ in ()).throw(RuntimeError("the end")), step=2)
+    with pytest.raises(RuntimeError, match="the end"):
+        run(tmp_path / "run", stop, resume=tmp_path / "run" / "checkpoints" / "last.ckpt")
+    after = last(tmp_path / "run")
+    assert after["resume"]["is_validated"]
+    assert torch.equal(after["resume"]["random_states"][0]["torch"], before)

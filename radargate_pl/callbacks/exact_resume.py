@@ -1,18 +1,19 @@
 """What a checkpoint needs beside weights, moments and loops, for a fit to go on as if it had never stopped."""
 
 import os
+from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from radargate_pl.optimizer_settings import (
     apply_optimizer_changes,
-    apply_schedule_changes,
+    check_schedules,
     optimizer_settings,
     schedule_settings,
 )
+from radargate_pl.processes import gathered
 from radargate_pl.random_state import random_state, seed_rank, set_random_state
 from radargate_pl.validation_state import TRAINING, is_between_steps, mark_validation_as_begun, validation_follows
 
@@ -40,18 +41,19 @@ class ExactResume(Callback):
         return self._resumed is not None and not self._resumed["is_validated"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Read what the configuration says of the optimiser, before a checkpoint is loaded into it."""
+        """Read what the configuration says of the optimiser, before a checkpoint is loaded into it.
+
+        Raises:
+            ValueError: on every rank, when they go on from different checkpoints.
+        """
+        _check_same_checkpoint(trainer)
         self._optimizers = [optimizer_settings(optimizer) for optimizer in trainer.optimizers]
         self._schedules = [schedule_settings(config.scheduler) for config in trainer.lr_scheduler_configs]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the section ``resume``; all ranks take part."""
-        states = [random_state()]
-        if trainer.world_size > 1:
-            states = [{} for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(states, random_state())
         checkpoint[SECTION] = {
-            "random_states": states,
+            "random_states": gathered(self._present_state(trainer), trainer.world_size),
             "examples_a_batch": _examples_a_batch(trainer),
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "optimizers": self._optimizers,
@@ -60,6 +62,12 @@ class ExactResume(Callback):
         }
         if is_between_steps(trainer) and validation_follows(trainer):
             mark_validation_as_begun(checkpoint)
+
+    def _present_state(self, trainer: Trainer) -> dict[str, Any]:
+        """This rank's random numbers; those of the checkpoint until they are put back (a validation may come first)."""
+        states = self._resumed["random_states"] if self._resumed and self._must_restore else []
+        is_known = trainer.global_rank < len(states)
+        return states[trainer.global_rank] if is_known else random_state(trainer.strategy.root_device)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Remember the section; count batches as this run counts them.
@@ -91,13 +99,11 @@ class ExactResume(Callback):
             rank_zero_info(f"resuming with another setting: {line}")
 
     def _changes(self, trainer: Trainer, resumed: dict[str, Any]) -> list[str]:
+        check_schedules(resumed["schedules"], self._schedules)
         schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
         lines = []
         for before, now, optimizer in zip(resumed["optimizers"], self._optimizers, trainer.optimizers, strict=True):
             lines += apply_optimizer_changes(before, now, optimizer, schedulers)
-        if len(resumed["schedules"]) == len(schedulers):
-            for before, now, scheduler in zip(resumed["schedules"], self._schedules, schedulers, strict=True):
-                lines += apply_schedule_changes(before, now, scheduler)
         return lines
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -108,9 +114,21 @@ class ExactResume(Callback):
         self._must_restore = False
         states = self._resumed["random_states"]
         if trainer.global_rank < len(states):
-            set_random_state(states[trainer.global_rank])
+            set_random_state(states[trainer.global_rank], trainer.strategy.root_device)
         else:
             seed_rank(_seed(), trainer.global_rank, trainer.global_step)
+
+
+def _check_same_checkpoint(trainer: Trainer) -> None:
+    """Each rank looks for the newest checkpoint by itself; a file system may show an older one to some."""
+    names = gathered(Path(trainer.ckpt_path).resolve().name if trainer.ckpt_path else None, trainer.world_size)
+    steps = gathered(trainer.global_step, trainer.world_size)
+    if len(set(names)) > 1 or len(set(steps)) > 1:
+        found = ", ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
+        raise ValueError(
+            f"Expected every process to go on from the same checkpoint, but got {found}. Name it (--ckpt_path FILE), "
+            "and check that all nodes see the same files."
+        )
 
 
 def may_validate_again(trainer: Trainer) -> bool:
@@ -129,10 +147,10 @@ def _seed() -> int:
 
 
 def _recount(fit_loop: dict[str, Any], before: int, now: int) -> None:
-    for part in ("total", "current"):
+    for part in ("current", "total"):
         counts = fit_loop[TRAINING][part]
         examples = counts["processed"] * before
-        if examples % now:
+        if part == "current" and examples % now:
             raise ValueError(
                 f"Expected data.init_args.batch_size times the number of processes to divide the {examples} examples "
                 f"behind this checkpoint, but got {now} (it was {before}). Resume with a divisor of {before}, or with "

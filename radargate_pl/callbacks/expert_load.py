@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from radargate_pl.processes import gathered
 from radargate_pl.records import GateOutput
 from radargate_pl.step_logging import finished_steps_before, log_to_loggers
 
@@ -42,8 +43,8 @@ class ExpertLoadMonitor(Callback):
         """Average the micro-batches of a step; log when it was taken."""
         if self.wants_gates("train", finished_steps_before(trainer, pl_module)):
             self._training.add(outputs["gates"] or {})
-        if pl_module.completed_step is not None:
-            log_to_loggers(trainer, self._training.finish(trainer))
+            if pl_module.completed_step is not None:
+                log_to_loggers(trainer, self._training.finish(trainer))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         """Take in the batch."""
@@ -77,19 +78,22 @@ class _Loads:
             self._experts[path] = output.experts
 
     def finish(self, trainer: Trainer) -> dict[str, float]:
+        """Add up all ranks, which may have seen different layers or, where experts are divided, nothing at all."""
+        mine = {path: (self._experts[path], sums.cpu()) for path, sums in self._sums.items()}
+        totals: dict[str, Tensor] = {}
+        for found in gathered(mine, trainer.world_size):
+            for path, (experts, sums) in found.items():
+                totals[path] = totals[path] + sums if path in totals else sums
+                self._experts[path] = experts
         values: dict[str, float] = {}
-        for path, sums in self._sums.items():
-            total = trainer.strategy.reduce(sums, reduce_op="sum") if trainer.world_size > 1 else sums
+        for path, total in totals.items():
             *loads, entropy, _ = (total / total[-1].clamp_min(1)).tolist()
             values |= {f"gate/{path}/load/{name}": load for name, load in zip(self._experts[path], loads, strict=True)}
             values[f"gate/{path}/entropy"] = entropy
-        if self._sums:
-            values |= self._means_over_layers(values)
         self._sums.clear()
-        return values
+        return values | self._means_over_layers(values, list(totals)) if totals else values
 
-    def _means_over_layers(self, values: dict[str, float]) -> dict[str, float]:
-        layers = list(self._sums)
+    def _means_over_layers(self, values: dict[str, float], layers: list[str]) -> dict[str, float]:
         means = {"gate/entropy": _mean(values[f"gate/{path}/entropy"] for path in layers)}
         for name in dict.fromkeys(name for path in layers for name in self._experts[path]):
             present = (path for path in layers if name in self._experts[path])

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from radargate_pl.callbacks.run_checkpoint import RunCheckpoint
-from radargate_pl.preemption import Preempted, SignalWatch, take_trigger
+from radargate_pl.preemption import Preempted, SignalWatch, leave_children_alone, take_trigger
 
 
 class Preemption(Checkpoint):
@@ -25,12 +25,10 @@ class Preemption(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Watch for signals while the data and the network are made, too."""
         if stage == "fit":
+            # Lightning's handler of SIGTERM sends it on to ranks that have it already and broadcasts in the middle of
+            # whatever is running; its handler of Slurm's signal saves there.
+            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
             self._watch = SignalWatch(pl_module.requests)
-            self._watch.install()
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Take the signals back: Lightning has put its own handlers over these."""
-        if self._watch is not None:
             self._watch.install()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -51,6 +49,7 @@ class Preemption(Checkpoint):
         savers = _savers(trainer)
         # The last step is not saved before its validation, and the fit ends by itself.
         if done.requests.stop and (not savers or any(saver.has_saved(trainer) for saver in savers)):
+            leave_children_alone()
             raise Preempted(trainer.global_step, saved=bool(savers))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:

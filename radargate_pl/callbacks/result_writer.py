@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 
 from radargate_pl.atomic_files import write_json, write_text
+from radargate_pl.processes import gathered
 from radargate_pl.step_logging import is_trial
 
 FORMAT_VERSION = 1
@@ -55,7 +55,7 @@ class ResultWriter(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write scores and examples of each task."""
-        rows = _from_all_ranks(self._rows, trainer)
+        rows = [row for part in gathered(self._rows, trainer.world_size) for row in part]
         if not trainer.is_global_zero:
             return
         network: Any = pl_module.network
@@ -84,19 +84,11 @@ class ResultWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the answers of each task."""
-        rows = _from_all_ranks(self._rows, trainer)
+        rows = [row for part in gathered(self._rows, trainer.world_size) for row in part]
         if trainer.is_global_zero:
             for task in dict.fromkeys(row["task"] for row in rows):
                 path = Path(trainer.default_root_dir) / "predict" / task / "predictions.jsonl"
                 _write_lines(path, (row for row in rows if row["task"] == task))
-
-
-def _from_all_ranks(rows: list[dict[str, Any]], trainer: Trainer) -> list[dict[str, Any]]:
-    if trainer.world_size == 1:
-        return rows
-    gathered: list[list[dict[str, Any]]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(gathered, rows)
-    return [row for part in gathered for row in part]
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -2,17 +2,17 @@
 
 import csv
 import io
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from radargate_pl.atomic_files import write_text
 from radargate_pl.callbacks.exact_resume import may_validate_again
+from radargate_pl.processes import gathered
 from radargate_pl.records import AngleStatistics, GateOutput
 from radargate_pl.step_logging import finished_steps_before, log_to_loggers
 
@@ -113,9 +113,9 @@ class RotationAngleMonitor(Callback):
         """Pool the micro-batches of a step; log when it was taken."""
         if self.wants_gates("train", finished_steps_before(trainer, pl_module)):
             self._pool(self._training, outputs["gates"])
-        if pl_module.completed_step is not None and self._training:
-            log_to_loggers(trainer, self._layer_values(_over_ranks(trainer, self._training)))
-            self._training.clear()
+            if pl_module.completed_step is not None:
+                log_to_loggers(trainer, self._layer_values(self._over_ranks(trainer, self._training)))
+                self._training.clear()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         """Pool the batch."""
@@ -144,6 +144,16 @@ class RotationAngleMonitor(Callback):
                 pool[path] = pool[path] + output.angle_stats if path in pool else output.angle_stats
                 self._experts[path] = output.experts
 
+    def _over_ranks(self, trainer: Trainer, pool: dict[str, AngleStatistics]) -> dict[str, AngleStatistics]:
+        """Add up the sums of all ranks on the CPU; a rank may have seen other layers, or none."""
+        mine = {path: (self._experts[path], _on_cpu(statistics)) for path, statistics in pool.items()}
+        total: dict[str, AngleStatistics] = {}
+        for found in gathered(mine, trainer.world_size):
+            for path, (experts, statistics) in found.items():
+                total[path] = total[path] + statistics if path in total else statistics
+                self._experts[path] = experts
+        return total
+
     def _layer_values(self, pool: dict[str, AngleStatistics]) -> dict[str, float]:
         names = ("angle_rms", "angle_mean_abs", "beyond_quarter_pi", "cosine_before", "cosine_after")
         values: dict[str, float] = {}
@@ -153,7 +163,7 @@ class RotationAngleMonitor(Callback):
         return {name: value for name, value in values.items() if value == value}
 
     def _finish_evaluation(self, trainer: Trainer, stage: str) -> None:
-        pool, self._evaluation = _over_ranks(trainer, self._evaluation), {}
+        pool, self._evaluation = self._over_ranks(trainer, self._evaluation), {}
         if not pool or trainer.sanity_checking:
             return
         square_sum = sum(float(statistics.square_sum.sum()) for statistics in pool.values())
@@ -206,20 +216,9 @@ class RotationAngleMonitor(Callback):
         self.latest_rms = state_dict["latest_rms"]
 
 
-def _over_ranks(trainer: Trainer, pool: dict[str, AngleStatistics]) -> dict[str, AngleStatistics]:
-    """Add up the sums of all ranks (every rank sees the same layers) and bring them to the CPU, in one go."""
-    if not pool:
-        return {}
-    tensors = [value for sums in pool.values() for value in vars(sums).values() if isinstance(value, Tensor)]
-    together = torch.cat([tensor.flatten() for tensor in tensors])
-    if trainer.world_size > 1:
-        together = trainer.strategy.reduce(together, reduce_op="sum")
-    parts = iter(together.cpu().split([tensor.numel() for tensor in tensors]))
-
-    def summed(value: Any) -> Any:
-        return next(parts).view(value.shape) if isinstance(value, Tensor) else value
-
-    return {path: AngleStatistics(*(summed(value) for value in vars(sums).values())) for path, sums in pool.items()}
+def _on_cpu(statistics: AngleStatistics) -> AngleStatistics:
+    moved: dict[str, Any] = {name: v.cpu() for name, v in vars(statistics).items() if isinstance(v, Tensor)}
+    return replace(statistics, **moved)
 
 
 def _sum(sums: Tensor, chosen: slice | int) -> float:

@@ -116,9 +116,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._best = float(value)  # before saving: the file must know about itself
             self.best_model_score = value
             self.best_model_path = str(self._folder / "best.ckpt")
-        path = self._save(trainer)
-        if is_best and trainer.is_global_zero:
-            second_name(path, Path(self.best_model_path))
+        self._save(trainer, is_best=is_best)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save what no step or validation has saved."""
@@ -137,20 +135,21 @@ class RunCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None, "set in setup"
         return Path(self.dirpath)
 
-    def _save(self, trainer: Trainer) -> Path:
+    def _save(self, trainer: Trainer, is_best: bool = False) -> None:
         folder = self._folder
         path = folder / f"step={trainer.global_step:08d}.ckpt"
         if is_trial(trainer):
-            return path
+            return
         self.last_model_path = str(folder / "last.ckpt")
         for logger in trainer.loggers:
             logger.save()  # a fit that goes on from here has the rows of all steps before
         self._save_checkpoint(trainer, str(path))
         if trainer.is_global_zero:
+            if is_best:  # before last.ckpt: killed in between, a fit repeats the validation
+                second_name(path, folder / "best.ckpt")
             second_name(path, folder / "last.ckpt")
             self._remove_older(folder, path)
         trainer.strategy.barrier()
-        return path
 
     def _remove_older(self, folder: Path, newest: Path) -> None:
         if self.keep == -1:
@@ -161,10 +160,16 @@ class RunCheckpoint(ModelCheckpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
-        return {"best": self._best, "best_model_path": self.best_model_path}
+        return {"best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best value so far, if the checkpoint lies in this run folder."""
-        if self.dirpath and Path(state_dict["best_model_path"]).parent == Path(self.dirpath):
-            self._best = state_dict["best"]
-            self.best_model_path = state_dict["best_model_path"]
+        """Go on with the best value so far; `on_fit_start` forgets it where it belongs to another run folder."""
+        self._best = state_dict["best"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Keep the best value of a checkpoint from this run folder only, wherever that has been moved to."""
+        come_from = Path(trainer.ckpt_path).resolve().parent if trainer.ckpt_path else None
+        if come_from != self._folder:
+            self._best = None
+        elif self._best is not None:
+            self.best_model_path = str(self._folder / "best.ckpt")

@@ -93,6 +93,7 @@ class ResumableLoader:
     ) -> None:
         self.batch_sampler = batches
         self.position = 0
+        self._is_restored = False
         self._loader = DataLoader(
             examples,
             batch_sampler=batches,
@@ -118,10 +119,11 @@ class ResumableLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Give out the rest of the epoch; all of the next one behind its end."""
+        """Give out an epoch; its rest, the first time after a position was restored."""
         total = self.batch_sampler.total
-        if self.position >= total:
+        if not self._is_restored or self.position >= total:
             self.position = 0
+        self._is_restored = False
         self.batch_sampler.start = self.position
         for batch in self._loader:
             self.position = min(self.position + self.batch_sampler.stretch, total)
@@ -146,3 +148,4 @@ class ResumableLoader:
             )
         self.sampler.set_epoch(int(state["epoch"]))
         self.position = int(state["position"])
+        self._is_restored = True

@@ -57,6 +57,13 @@ def test_it_goes_on_behind_its_position_also_twice_and_into_the_next_epoch(stop:
     assert epoch([one], 2)[0] == epoch([loader()], 2)[0]
 
 
+def test_an_epoch_that_is_cut_short_is_followed_by_a_whole_one() -> None:
+    """As with trainer.limit_train_batches."""
+    one = loader()
+    list(islice(one, 2))
+    assert epoch([one], 1) == epoch([loader()], 1)
+
+
 def test_what_workers_have_fetched_ahead_is_not_counted() -> None:
     one = loader(workers=2)
     list(islice(one, 2))
