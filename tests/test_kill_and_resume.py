@@ -54,12 +54,12 @@ def test_two_ranks_end_with_a_checkpoint_whoever_is_asked(
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     script.write_input(tmp_path / "input")
-    setting = script.Setting(tmp_path, processes=2, precision="bf16-mixed", steps=12)
+    setting = script.Setting(tmp_path, processes=2, precision="bf16-mixed", steps=20)
     reference, run = tmp_path / "undisturbed", tmp_path / "signalled"
     script.finish(setting, reference)
     process = script.start(setting, run)
     (other,) = wait_for(lambda: children(process.pid))
-    wait_for(lambda: "step 1/" in run.with_suffix(".log").read_text())
+    wait_for(lambda: "step 2/" in run.with_suffix(".log").read_text())
     os.killpg(process.pid, number) if to_all else os.kill(other, number)
     assert process.wait(timeout=120) == EXIT_CODE, run.with_suffix(".log").read_text()[-3000:]
     wait_for(lambda: not Path(f"/proc/{other}").exists())
