@@ -46,7 +46,7 @@ class ExactResume(Callback):
         Raises:
             ValueError: on every rank, when they go on from different checkpoints.
         """
-        _check_same_checkpoint(trainer)
+        _check_same_checkpoint(trainer, pl_module)
         self._optimizers = [optimizer_settings(optimizer) for optimizer in trainer.optimizers]
         self._schedules = [schedule_settings(config.scheduler) for config in trainer.lr_scheduler_configs]
 
@@ -119,12 +119,12 @@ class ExactResume(Callback):
             seed_rank(_seed(), trainer.global_rank, trainer.global_step)
 
 
-def _check_same_checkpoint(trainer: Trainer) -> None:
+def _check_same_checkpoint(trainer: Trainer, pl_module: Any) -> None:
     """Each rank looks for the newest checkpoint by itself; a file system may show an older one to some."""
-    names = gathered(Path(trainer.ckpt_path).resolve().name if trainer.ckpt_path else None, trainer.world_size)
-    steps = gathered(trainer.global_step, trainer.world_size)
-    if len(set(names)) > 1 or len(set(steps)) > 1:
-        found = ", ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
+    mine = Path(trainer.ckpt_path).name if trainer.ckpt_path else "none", int(pl_module.restored_step)
+    everywhere = gathered(mine, trainer.world_size)
+    if len(set(everywhere)) > 1:
+        found = ", ".join(f"rank {rank}: {name} of step {step}" for rank, (name, step) in enumerate(everywhere))
         raise ValueError(
             f"Expected every process to go on from the same checkpoint, but got {found}. Name it (--ckpt_path FILE), "
             "and check that all nodes see the same files."

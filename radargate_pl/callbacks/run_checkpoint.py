@@ -49,8 +49,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     ``best.ckpt`` is the checkpoint with the lowest ``val/loss``, ``last.ckpt`` the newest. Both are second names of
     step files and stay when those are removed; each has its SHA-256 beside it. A checkpoint is written every
-    ``every_n_steps``, before and after each validation, at the end, and whenever a step was asked for one. All of them
-    are taken between two optimiser steps, never in the middle of an accumulation.
+    ``every_n_steps``, before and after each validation (only after the one that ends the fit), at the end, and whenever
+    a step was asked for one. All of them are taken between two optimiser steps, never in the middle of an accumulation.
 
     Args:
         every_n_steps: optimiser steps between two checkpoints; ``None`` saves at validations and at the end only.
