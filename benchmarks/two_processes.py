@@ -31,12 +31,16 @@ def fit(run: Path, processes: int, steps: int, tasks: str, experts: str) -> floa
         "model.network.init_args.experts": experts,
         "data.init_args.tasks": tasks,
         "data.init_args.batch_size": GLOBAL_BATCH // processes,
-        "data.init_args.max_length": 128,
+        "data.init_args.target": "answer",  # chains of thought do not fit
+        "data.init_args.max_length": 160,
         "overwrite": "true",
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", "configs/flan/radargate.yaml", *words]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
     seconds = json.loads((run / "summary.json").read_text())["seconds"]["train"]
     return steps * GLOBAL_BATCH / seconds
 
