@@ -5,9 +5,10 @@
 Each trial is a run folder of its own: a fit of a tiny backbone (dropout, two micro-batches a step, epochs that end in
 the middle of the run) is killed, goes on with `--ckpt_path auto`, and must end with the bit-identical last checkpoint
 (weights, moments, random numbers, data position, callbacks) and the same metrics.csv, gate and curves. Kills are timed
-from the first finished step: at random, or as soon as a save or a validation is seen to be under way; every third trial
-is killed twice. A run that had ended before its kill does not count. Last comes a control that must differ: a
-checkpoint whose random numbers were replaced.
+from the first finished step: at random, or as soon as a save or a validation is seen to be under way; half of the
+trials are killed twice, in two validations, or in a validation and once more as soon as the fit that went on has
+repeated it and written the checkpoint behind it. A run that had ended before its kill does not count. Last comes a
+control that must differ: a checkpoint whose random numbers were replaced.
 """
 
 import argparse
@@ -32,7 +33,13 @@ from radargate_pl.checkpoint_files import write_checkpoint  # noqa: E402
 from radargate_pl.random_state import random_state  # noqa: E402
 
 TASKS = ("add", "echo", "turn")
-MOMENTS = ("at random", "in a save", "in a validation")
+# What a trial is called, and the moments of its kills.
+MOMENTS = {
+    "at random": ("at random",),
+    "in a save": ("in a save",),
+    "in two validations": ("in a validation", "in a validation"),
+    "after a repeated validation": ("in a validation", "in its repetition's save"),
+}
 TEXT_FILES = ("metrics.csv", "convergence.json", "angles.csv")
 
 
@@ -110,9 +117,13 @@ def kill(setting: Setting, run: Path, moment: str, delay: float) -> bool:
     """Start or go on with a fit and kill it; tell whether it was still running."""
     log = run.with_suffix(".log")
     seen = len(log.read_text()) if log.exists() else 0
+    before = _written(run)
     process = start(setting, run, "--ckpt_path", "auto")
-    _wait(process, lambda: "step " in log.read_text()[seen:])
-    time.sleep(delay)
+    if moment == "in its repetition's save":
+        _wait(process, lambda: _written(run) != before, every=0.001)
+    else:
+        _wait(process, lambda: "step " in log.read_text()[seen:])
+        time.sleep(delay)
     if moment == "in a save":
         _wait(process, lambda: any((run / "checkpoints").glob(".*.tmp")), every=0.0)
     if moment == "in a validation":  # a checkpoint is written right before it
@@ -127,6 +138,13 @@ def kill(setting: Setting, run: Path, moment: str, delay: float) -> bool:
 
 def _steps(run: Path) -> set[int]:
     return {int(path.stem.partition("=")[2]) for path in (run / "checkpoints").glob("step=*.ckpt")}
+
+
+def _written(run: Path) -> set[tuple[str, int]]:
+    """Names and file numbers of the checkpoints: a checkpoint that replaces another has a new one."""
+    folder = run / "checkpoints"
+    files = os.scandir(folder) if folder.is_dir() else ()
+    return {(file.name, file.inode()) for file in files if file.name.startswith("step=")}
 
 
 def _wait(process: subprocess.Popen[bytes], happened: Callable[[], bool], every: float = 0.02) -> None:
@@ -189,14 +207,15 @@ def trials(setting: Setting, kills: int, seed: int) -> list[dict[str, Any]]:
     numbers, rows, hits = random.Random(seed), [], 0
     while hits < kills:
         run = setting.folder / f"trial_{len(rows):03d}"
-        moment, landed = MOMENTS[len(rows) % len(MOMENTS)], 0
-        for _ in range(2 if len(rows) % 3 == 2 else 1):
+        name = list(MOMENTS)[len(rows) % len(MOMENTS)]
+        landed, at = 0, []
+        for moment in MOMENTS[name]:
             landed += kill(setting, run, moment, numbers.uniform(0, 0.7 * length))
-        at = max(_steps(run), default=0)
+            at.append(max(_steps(run), default=0))
         orphans = [path.name for path in (run / "checkpoints").glob(".*.tmp")]
         finish(setting, run, "--ckpt_path", "auto")
         found = differences(reference, run)
-        rows.append({"moment": moment, "kills": landed, "resumed_at": at, "half_written": orphans, "differs": found})
+        rows.append({"moment": name, "kills": landed, "resumed_at": at, "half_written": orphans, "differs": found})
         print(json.dumps(rows[-1]), flush=True)
         hits += landed
     return rows
