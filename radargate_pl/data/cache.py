@@ -46,6 +46,10 @@ class Encoded:
         """Token ids of the prompt of example `index`."""
         return _piece(self.prompts, self.prompt_ends, index)
 
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of prompt and answer of every example, (examples,)."""
+        return np.diff(self.prompt_ends, prepend=0) + np.diff(self.answer_ends, prepend=0)
+
     def answer(self, index: int) -> list[int]:
         """Token ids of the answer of example `index`, end token included."""
         return _piece(self.answers, self.answer_ends, index)

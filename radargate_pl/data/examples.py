@@ -67,6 +67,11 @@ class ExampleSet(Dataset[Example]):
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
+    def lengths(self) -> Tensor:
+        """Tokens of prompt and answer of each example, (examples,) int64."""
+        lengths = [torch.from_numpy(part.encoded.lengths()) for part in self.parts]
+        return torch.cat(lengths) if lengths else torch.empty(0, dtype=torch.int64)
+
     def task_of(self, index: int) -> int:
         """The task of the example at an index, as its position among the tasks."""
         return bisect_right(self.ends, index)

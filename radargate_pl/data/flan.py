@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from radargate_pl.data.cache import Encoded, content_key, read_encoded, write_encoded
 from radargate_pl.data.examples import Collator, EncodedTask, Example, ExampleSet
+from radargate_pl.data.length_windows import LengthWindows, checked_window
 from radargate_pl.data.library import Limits, Task, read_tasks, set_categories
 from radargate_pl.data.mixing import Mixing, MixtureSampler, epoch_counts
 from radargate_pl.data.procedural import default_sizes
@@ -42,6 +43,8 @@ class FlanMixture(LightningDataModule):
         validation_examples: The last so many train records of each file are validation, never the test file.
         test_examples: Test examples a task uses at most; all when null (200 for a reasoning_gym task).
         batch_size: Examples a batch.
+        length_window: Batches that are sorted by length among themselves, for less padding (50 is a good number); 1
+            leaves the order to chance.
         max_length: Tokens of prompt and answer together. A longer source loses its middle, an answer nothing.
         prompt: `chat` (the tokenizer's chat template), `plain`, or a template with `{source}` in it.
         target: Train on the `answer`, or on the `rationale` followed by the answer.
@@ -62,6 +65,7 @@ class FlanMixture(LightningDataModule):
         validation_examples: int = 50,
         test_examples: int | None = None,
         batch_size: int = 8,
+        length_window: int = 1,
         max_length: int = 512,
         prompt: str = "chat",
         target: Literal["answer", "rationale"] = "answer",
@@ -80,6 +84,7 @@ class FlanMixture(LightningDataModule):
         self.mixing_cap = mixing_cap
         self.mixing_temperature = mixing_temperature
         self.batch_size = batch_size
+        self.length_window = checked_window(length_window)
         self.max_length = max_length
         self.prompt = prompt
         self.target = target
@@ -199,8 +204,10 @@ class FlanMixture(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the mixture, padded on the right."""
-        examples = self.examples("train")
-        batches = MixtureBatches(self.train_sampler(), self.batch_size, *self._share(), self._owner_of(examples))
+        examples, sampler = self.examples("train"), self.train_sampler()
+        is_sorted = self.length_window != 1
+        windows = LengthWindows(self.length_window, examples.lengths(), sampler.seed) if is_sorted else None
+        batches = MixtureBatches(sampler, self.batch_size, *self._share(), self._owner_of(examples), windows)
         return ResumableLoader(examples, batches, self.collator(), self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:

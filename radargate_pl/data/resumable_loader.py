@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from radargate_pl.data.examples import Batch, Collator, Example
+from radargate_pl.data.length_windows import LengthWindows
 from radargate_pl.data.mixing import MixtureSampler
 from radargate_pl.data.workers import leave_signals_to_the_main_process
 
@@ -28,6 +29,7 @@ class MixtureBatches(Sampler[list[int]]):
         world_size: number of processes.
         owner_of: tells which process has the example at an index, where examples belong to processes: then each takes
             its own from a stretch, none may be among them, and nothing is left out. ``None`` for everybody.
+        length_windows: puts examples of like length into one stretch; ``None`` leaves the order as it is.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class MixtureBatches(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         owner_of: Callable[[int], int] | None = None,
+        length_windows: LengthWindows | None = None,
     ) -> None:
         self.sampler = sampler
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
         self.owner_of = owner_of
+        self.length_windows = length_windows
         self.start = 0  # position of the first example of the next iteration
 
     @property
@@ -52,8 +56,10 @@ class MixtureBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Iterate over what the epoch holds from position ``start`` on."""
-        order = self.sampler.order(self.sampler.epoch)[self.start :].tolist()
-        order = order[: self.total - self.start]
+        order = self.sampler.order(self.sampler.epoch).tolist()
+        if self.length_windows is not None:
+            order = self.length_windows.arrange(order, self.stretch, self.sampler.epoch)
+        order = order[self.start : self.total]
         for begin in range(0, len(order), self.stretch):
             stretch = order[begin : begin + self.stretch]
             if self.owner_of is None:
@@ -66,6 +72,11 @@ class MixtureBatches(Sampler[list[int]]):
         """Examples of an epoch that all processes take together."""
         left_out = 0 if self.owner_of else len(self.sampler) % self.world_size
         return len(self.sampler) - left_out
+
+    def describe(self) -> str:
+        """Everything the order follows from, as text."""
+        windows = self.length_windows.describe(self.stretch) if self.length_windows is not None else ""
+        return self.sampler.describe() + windows
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -131,7 +142,7 @@ class ResumableLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is: epoch, position, and what the order follows from."""
-        return {"epoch": self.sampler.epoch, "position": self.position, "order": self.sampler.describe()}
+        return {"epoch": self.sampler.epoch, "position": self.position, "order": self.batch_sampler.describe()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind that position.
@@ -139,12 +150,12 @@ class ResumableLoader:
         Raises:
             ValueError: If the order is another one: the position would mean other examples.
         """
-        if state["order"] != self.sampler.describe():
+        if state["order"] != self.batch_sampler.describe():
             raise ValueError(
                 "Expected the data of a resumed fit to be those of its checkpoint, but they were mixed from\n  "
-                f"{state['order']}\nand are now\n  {self.sampler.describe()}\n"
-                "Resume with the tasks, limits, mixing and seed of the checkpoint's config.yaml, or start a new run "
-                "from its weights: --ckpt_path RUN/gate with another trainer.default_root_dir."
+                f"{state['order']}\nand are now\n  {self.batch_sampler.describe()}\n"
+                "Resume with the tasks, limits, mixing, length window and seed of the checkpoint's config.yaml, or "
+                "start a new run from its weights: --ckpt_path RUN/gate with another trainer.default_root_dir."
             )
         self.sampler.set_epoch(int(state["epoch"]))
         self.position = int(state["position"])
