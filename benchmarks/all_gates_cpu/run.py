@@ -31,6 +31,7 @@ class Library:
         tasks: how many tasks there are.
         validation: validation examples of each task.
         shots: examples of each task that LoraHub searches on.
+        window: batches sorted by length among themselves.
     """
 
     configs: str
@@ -38,12 +39,13 @@ class Library:
     tasks: int
     validation: int
     shots: int
+    window: int
 
 
 SCIENCE = ["flan_cot/qasc.train.jsonl.gz", "flan_cot/qasc.test.jsonl.gz"]
 LIBRARIES = {
-    "flan_cot": Library("configs/flan", ["flan_cot"], tasks=9, validation=16, shots=5),
-    "flan_v2": Library("configs/flan_v2", ["niv2", *SCIENCE], tasks=41, validation=4, shots=1),
+    "flan_cot": Library("configs/flan", ["flan_cot"], tasks=9, validation=16, shots=5, window=1),
+    "flan_v2": Library("configs/flan_v2", ["niv2", *SCIENCE], tasks=41, validation=4, shots=1, window=50),
 }
 OMOE = "--config=configs/architectures/omoe.yaml"
 
@@ -181,6 +183,7 @@ def main() -> None:
     configs, places = library.configs, [str(Path(args.data).resolve() / place) for place in library.places]
     data = [f"--data.init_args.tasks=[{', '.join(places)}]"]
     data += [f"--data.init_args.validation_examples={library.validation}"]
+    data += [f"--data.init_args.length_window={library.window}"]
     training = [*data, f"--trainer.max_steps={args.expert_steps}", "--data.init_args.batch_size=8"]
     if args.experts:
         experts = Path(args.experts).resolve()
