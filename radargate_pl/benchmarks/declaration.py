@@ -1,7 +1,7 @@
 """What a benchmark is made of: its prompt, choices, protocol, place on the hub, version and citation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from radargate_pl.scoring.answer_formats import AnswerFormat
@@ -25,7 +25,9 @@ class HubLayout:
         choices: Columns of the choices: one that holds a list, or one for each choice; empty for an open question.
         letters: Column with the letters of the choices; A, B, C, ... without.
         id: Column of ids; without, rows count from 0.
-        checked: Whether dataset, configuration, split and columns were compared with the hub's own page.
+        revision: Branch or commit, where it is not the main one; there, a configuration is a folder.
+        line_break: What stands for a line break in inputs.
+        checked: What data set, configuration, split and columns were compared with; empty for nothing.
         is_gated: Whether the hub asks to accept conditions before it gives the data set out.
     """
 
@@ -38,7 +40,9 @@ class HubLayout:
     choices: tuple[str, ...] = ()
     letters: str = ""
     id: str = ""
-    checked: bool = False
+    revision: str = ""
+    line_break: str = ""
+    checked: str = ""
     is_gated: bool = False
 
 
@@ -86,7 +90,7 @@ class Benchmark:
     generation_prompt: str = ""
     chat_prompt: str = ""
     description: str = ""
-    stop: tuple[str, ...] = field(default=("\n",))
+    stop: tuple[str, ...] = ("\n",)
     max_new_tokens: int = 32
     is_private: bool = False
 

@@ -1,11 +1,10 @@
 """Items of benchmarks: one question with its prompt, choices and accepted answers."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Item:
-    """One example of a benchmark, as one protocol asks it.
+class Item(NamedTuple):
+    """One example of a benchmark, as one protocol asks it. No dataclass: Lightning would refuse a frozen one in a batch.
 
     Args:
         id: Unique within the task.
