@@ -12,8 +12,9 @@ PACKAGE = ROOT / "radargate_pl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space"},
+    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space", "scoring"},
     1: {
+        "benchmarks",
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
         *("gates", "prototypes", "rank_rotation", "rotation_function", "rotations"),
     },

@@ -33,8 +33,10 @@ class Fields(NamedTuple):
 
 
 def read_line(benchmark: Benchmark, line: Line, fallback_id: str) -> Fields:
-    """Read a line of a local file: `inputs`, `choices`, `answer`, `answer_index`; or a record of the mixture; or a row
-    with the hub's own columns.
+    """Read a line of a local file.
+
+    It has `inputs`, `choices`, `answer`, `answer_index`; or it is a record as `FlanMixture` reads them; or it has the
+    hub's own columns.
 
     Raises:
         ValueError: With the reason alone; the caller adds file and line.
@@ -77,7 +79,9 @@ def read_row(benchmark: Benchmark, hub: HubLayout, row: Mapping[str, Any], where
     raw = _column(row, hub.answer)
     if raw is None or raw == -1:
         raise ValueError(f"no answer in column {hub.answer!r}: {raw}")
-    index, answers, solution = None, (str(raw),), ""
+    index: int | None = None
+    answers: tuple[str, ...] = (str(raw),)
+    solution = ""
     if hub.answer_is in ("number", "boxed"):
         solution = str(raw)
         answers = (number_behind_hashes(solution) if hub.answer_is == "number" else last_boxed(solution),)

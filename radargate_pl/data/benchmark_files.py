@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from radargate_pl.benchmarks import BENCHMARKS, GROUPS, NIV2, Benchmark, natural_instruction
 from radargate_pl.data.benchmark_fields import Fields, read_line, read_row
 from radargate_pl.data.files import SUFFIXES, FileSource
@@ -99,8 +101,8 @@ def _natural_instructions(root: Path | None) -> dict[str, Path]:
 def _put(name: str) -> str:
     """Which file to put where."""
     return (
-        f"Put its examples into ROOT/{_stems(name)[-1]}.jsonl and set data.root to ROOT: one JSON object a line with id, "
-        "inputs (the names in the prompt), choices, answer."
+        f"Put its examples into ROOT/{_stems(name)[-1]}.jsonl and set data.root to ROOT: one JSON object a line with "
+        "id, inputs (the names in the prompt), choices, answer."
     )
 
 
@@ -115,12 +117,19 @@ def read_fields(source: BenchmarkSource, bad_records: BadRecords) -> list[Fields
         ValueError: If the file or data set cannot be had.
     """
     seen: dict[str, Fields] = {}
+    repeats = []
     rows = _hub_fields(source.benchmark, bad_records) if source.path is None else _file_fields(source, bad_records)
     for fields in rows:
         first = seen.setdefault(fields.id, fields)
-        if first is not fields and first._replace(where="") != fields._replace(where=""):
+        if first is fields:
+            continue
+        if first._replace(where="") == fields._replace(where=""):
+            repeats.append(fields.id)
+        else:
             reason = f"duplicate id {fields.id!r}: {first.where} has it with another content"
             bad_records.add(source.benchmark.name, fields.where, reason)
+    if repeats:
+        rank_zero_info(f"task {source.benchmark.name}: left out exact repeats of {', '.join(repeats)}")
     return list(seen.values())
 
 

@@ -13,7 +13,7 @@ BETWEEN_EXAMPLES = "\n\n"
 
 
 class Item(NamedTuple):
-    """One example of a benchmark, as one protocol asks it. No dataclass: Lightning would refuse a frozen one in a batch.
+    """One example of a benchmark, as one protocol asks it; Lightning refuses frozen dataclasses in batches, so none.
 
     Args:
         id: Unique within the task.
@@ -58,21 +58,24 @@ class ItemMaker:
         # An answer in words is held against the options that the prompt lists, not against their letters.
         self.takes_options = protocol == "generation" and any(m[1] == "options" for m in PLACE.finditer(self.template))
 
-    def items(self, examples: Sequence[Fields], num_fewshot: int, bad_records: BadRecords) -> list[Item]:
-        """Render examples; the first `num_fewshot` stand with their answers before each of the others.
+    def items(self, shown: Sequence[Fields], scored: Sequence[Fields], bad_records: BadRecords) -> list[Item]:
+        """Render the examples of `scored`, before each of them those of `shown` with their answers.
 
         Args:
-            examples: All of the benchmark.
-            num_fewshot: How many are shown and not asked.
+            shown: Few-shot examples.
+            scored: Examples that are asked.
             bad_records: Receives what lacks an input of the template.
         """
-        whole = [made for made in (self._render(example, bad_records) for example in examples) if made is not None]
-        shown = [item.prompt + gap(item.prompt) + self._shown_answer(item, example) for item, example in whole]
-        front = "".join(text + BETWEEN_EXAMPLES for text in shown[:num_fewshot])
-        before = self.benchmark.description + front
-        return [item._replace(prompt=before + item.prompt) for item, _ in whole[num_fewshot:]]
+        front = self.benchmark.description
+        for example in shown:
+            item = self._render(example, bad_records)
+            if item is not None:
+                answer = example.solution or item.references[0]
+                front += item.prompt + gap(item.prompt) + answer + BETWEEN_EXAMPLES
+        items = [self._render(example, bad_records) for example in scored]
+        return [item._replace(prompt=front + item.prompt) for item in items if item is not None]
 
-    def _render(self, example: Fields, bad_records: BadRecords) -> tuple[Item, Fields] | None:
+    def _render(self, example: Fields, bad_records: BadRecords) -> Item | None:
         choices = self._choices(example)
         try:
             prompt = render(self.template, example.inputs, example.options)
@@ -81,16 +84,13 @@ class ItemMaker:
             return None
         index = example.answer_index
         references = example.answers if index is None else (choices[index],)
-        return Item(example.id, self.benchmark.name, prompt, choices, index, references, example.where), example
+        return Item(example.id, self.benchmark.name, prompt, choices, index, references, example.where)
 
     def _choices(self, example: Fields) -> tuple[str, ...]:
         labels = self.benchmark.labels
         if not labels or (self.takes_options and example.options):
             return example.options
         return labels[: len(example.options) or None]
-
-    def _shown_answer(self, item: Item, example: Fields) -> str:
-        return example.solution or item.references[0]
 
 
 def gap(prompt: str) -> str:
