@@ -87,9 +87,7 @@ class RequestEncoder:
         fitting = []
         for request in requests:
             item = request.item
-            if any(not row.continuation for row in request.rows) and len(request.rows) > 1:
-                bad_records.add(item.task, item.where, f"item {item.id}: a choice adds no token to the prompt")
-            elif self._fits(request, room):
+            if self._fits(request, room):
                 fitting.append(request)
             elif (shorter := self._shortened(request, room)) is not None:
                 fitting.append(shorter)
@@ -136,7 +134,12 @@ class RequestEncoder:
             return [Row(*row) for row in zip(contexts, rows, strict=True)]
         wholes = self._prompts([context + continuation for context, continuation in pairs])
         # Letters on both sides of the border may be one token; the cut is then where the context alone would end.
-        return [Row(w[: len(c)], w[len(c) :]) for c, w in zip(contexts, wholes, strict=True)]
+        rows = [Row(whole[: len(c)], whole[len(c) :]) for c, whole in zip(contexts, wholes, strict=True)]
+        for number, row in enumerate(rows):
+            if not row.continuation:  # the border swallowed it: only encoded apart has it tokens of its own
+                continuation = prompt_ids(self.tokenizer, [pairs[number][1]], special=False)[0]
+                rows[number] = Row(contexts[number], continuation)
+        return rows
 
     def _prompts(self, texts: list[str]) -> list[list[int]]:
         return prompt_ids(self.tokenizer, texts, not self.in_chat, self.is_encoder_decoder)

@@ -18,7 +18,10 @@ def preview(data: "BenchmarkData", n: int) -> str:
         n: How many items.
     """
     width = max(len(name) for name in data.task_names)
-    lines = [f"BenchmarkData: {len(data.task_names)} tasks, tokenizer {data.tokenizer_name}, prompt {data.prompt!r}", ""]
+    lines = [
+        f"BenchmarkData: {len(data.task_names)} tasks, tokenizer {data.tokenizer_name}, prompt {data.prompt!r}",
+        "",
+    ]
     lines.append(f"{'task':<{width}}  {'  '.join(COLUMNS)}")
     for name, benchmark in data.benchmarks.items():
         values = (
