@@ -12,7 +12,7 @@ PACKAGE = ROOT / "radargate_pl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space", "scoring"},
+    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space", "scoring", "benchmarks"},
     1: {
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
         *("gates", "prototypes", "rank_rotation", "rotation_function", "rotations"),
@@ -45,7 +45,7 @@ LAYERS = {
     },
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
-        *("domain_command", "doctor", "doctor_checks", "score_command"),
+        *("domain_command", "doctor", "doctor_checks", "score_command", "predictions"),
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
 }
