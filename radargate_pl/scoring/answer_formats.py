@@ -51,7 +51,7 @@ def judge(answer_format: AnswerFormat, output: str, reference: Reference) -> Jud
     math        in the last box, else what "the answer is"    equal as mathematics, see ``equal_mathematics``
     translation the whole output                              its sentence chrF reaches ``CHRF_THRESHOLD``
     text        what "the answer is", else the first line     equal to an accepted answer after normalisation
-    rouge       the whole output                              the same; ``value`` is the score proper
+    rouge       the whole output                              the same, articles count; ``value`` is the score
     =========== ============================================= ===================================================
 
     Args:
@@ -84,7 +84,7 @@ def judge(answer_format: AnswerFormat, output: str, reference: Reference) -> Jud
             return Judgement(output.strip() or None, value >= CHRF_THRESHOLD, value)
         case "rouge":
             value = rouge_l(output, reference.answers)
-            return Judgement(output.strip() or None, matches_any(output, reference.answers), value)
+            return Judgement(output.strip() or None, matches_any(output, reference.answers, drop_articles=False), value)
 
 
 def _judge_choice(output: str, reference: Reference) -> Judgement:

@@ -97,7 +97,7 @@ def _first_line(text: str, options: Options, named: Sequence[Mention]) -> int | 
     content = line[start:].strip().strip("\"'$ ")
     letter = re.fullmatch(r"\(?([A-Za-z])[.):,]*", content)
     if letter:
-        return _by_letter(letter[1], options)
+        return options.by_letter(letter[1])
     words = [token for token in tokens(line) if token.start >= start]
     if words:
         for mention in named:
@@ -105,7 +105,7 @@ def _first_line(text: str, options: Options, named: Sequence[Mention]) -> int | 
                 return mention.option
     labelled = _LETTER_FIRST.match(content)
     if labelled:
-        return _by_letter(labelled["bracketed"] or labelled["bare"], options)
+        return options.by_letter(labelled["bracketed"] or labelled["bare"])
     return _behind_colon(content, options)
 
 
@@ -115,7 +115,7 @@ def _behind_colon(content: str, options: Options) -> int | None:
     if not found:
         return None
     texts = mentions(found["text"], options)
-    chosen = _by_letter(found["letter"], options)
+    chosen = options.by_letter(found["letter"])
     if found["letter"] == "A" and texts:
         return texts[0].option
     return chosen
@@ -133,7 +133,7 @@ def _stated(text: str, options: Options, named: Sequence[Mention]) -> int | None
 def _at_statement(text: str, start: int, options: Options, named: Sequence[Mention]) -> int | None:
     letter = _STATED_LETTER.match(text, start)
     if letter:
-        chosen = _by_letter(letter["bracketed"] or letter["bare"] or letter["small"], options)
+        chosen = options.by_letter(letter["bracketed"] or letter["bare"] or letter["small"])
         if chosen is not None:
             return chosen
     line_end = text.find("\n", start)
@@ -144,7 +144,7 @@ def _at_statement(text: str, start: int, options: Options, named: Sequence[Menti
 def _called_correct(text: str, options: Options, named: Sequence[Mention]) -> int | None:
     found = [(mention.start, mention.option) for mention in named if _CORRECT.match(text, mention.end)]
     for letter in _LETTER_CORRECT.finditer(text):
-        option = _by_letter(letter["bare"], options)
+        option = options.by_letter(letter["bare"])
         if option is not None:
             found.append((letter.start(), option))
     return max(found)[1] if found else None
@@ -153,7 +153,7 @@ def _called_correct(text: str, options: Options, named: Sequence[Mention]) -> in
 def _leading(text: str, options: Options, named: Sequence[Mention]) -> int | None:
     letter = _LETTER_FIRST.match(text)
     if letter:
-        return _by_letter(letter["bracketed"] or letter["bare"], options)
+        return options.by_letter(letter["bracketed"] or letter["bare"])
     words = tokens(text)
     first = named[0] if named and words and named[0].start == words[0].start else None
     is_set_off = first is not None and re.match(rf"[\"')]*(?:[.,;:!?\n]|$)|{_REASON}", text[first.end :])
@@ -161,17 +161,17 @@ def _leading(text: str, options: Options, named: Sequence[Mention]) -> int | Non
 
 
 def _last(text: str, options: Options, named: Sequence[Mention]) -> int | None:
-    found = [(mention.start, mention.option) for mention in named]
     words = tokens(text)
+    found = []
+    behind_letter = set()  # "(D) 12": the letter counts, whichever option has that text
     for letter in _NAMED_LETTER.finditer(text):
-        option = _by_letter(letter["bracketed"] or letter["bare"], options)
+        if any(mention.start <= letter.start() < mention.end for mention in named):
+            continue  # "carbon (C)" is an option's text
+        option = options.by_letter(letter["bracketed"] or letter["bare"])
         negator = negation(text, [word for word in words if word.end <= letter.start()], letter.start())
-        if option is not None and negator is None:
-            found.append((letter.start(), option))
-        elif option is not None and len(options.letters) == 2:
-            found.append((letter.start(), 1 - option))
+        if option is None or (negator and len(options.letters) != 2):
+            continue
+        found.append((letter.start(), 1 - option if negator else option))
+        behind_letter |= {mention for mention in named if text[letter.end() : mention.start].isspace()}
+    found += [(mention.start, mention.option) for mention in named if mention not in behind_letter]
     return max(found)[1] if found else None
-
-
-def _by_letter(letter: str, options: Options) -> int | None:
-    return options.letters.index(letter.upper()) if letter.upper() in options.letters else None

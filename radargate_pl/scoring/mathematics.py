@@ -28,7 +28,7 @@ def find_mathematics(output: str) -> str | None:
         LaTeX without the box and dollar signs around it; None if there is no answer.
 
     Example:
-        >>> find_mathematics(r"So $x = \\boxed{\\frac{1}{2}}$.")
+        >>> find_mathematics(r"So $x = \boxed{\frac{1}{2}}$.")
         '\\frac{1}{2}'
     """
     text = before_next_question(output)
@@ -81,7 +81,7 @@ def normalised(latex: str) -> str:
     Source: Hendrycks et al. (2021), Measuring Mathematical Problem Solving With the MATH Dataset.
 
     Example:
-        >>> normalised(r"x = \\dfrac 12\\text{ cm}")
+        >>> normalised(r"x = \dfrac 12\text{ cm}")
         '\\frac{1}{2}'
     """
     text = plain(latex).strip().rstrip(".").strip()
@@ -106,12 +106,17 @@ def _box(text: str, start: int) -> str | None:
         return found[0].rstrip(".") if found else None
     depth = 0
     for position in range(start, len(text)):
-        is_escaped = position > 0 and text[position - 1] == "\\"
-        if text[position] in "{}" and not is_escaped:
+        if text[position] in "{}" and not _is_escaped(text, position):
             depth += 1 if text[position] == "{" else -1
             if depth == 0:
                 return text[start + 1 : position]
     return None
+
+
+def _is_escaped(text: str, position: int) -> bool:
+    r"""Whether a backslash of its own stands before a character: in ``\\}`` it belongs to the line break."""
+    before = text[:position]
+    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
 
 
 def _fraction(found: re.Match[str]) -> str:

@@ -39,11 +39,24 @@ class Options(NamedTuple):
         letters: a capital letter an option, in order.
         labels: what names an option in full, as words: ``("sentence", "a")``, or nothing.
         phrases: the words of each option's text; nothing for a text that is a single letter.
+        symbols: the capital of a text that is a single letter ("O" for oxygen); empty for others.
     """
 
     letters: tuple[str, ...]
     labels: tuple[tuple[str, ...], ...]
     phrases: tuple[tuple[str, ...], ...]
+    symbols: tuple[str, ...]
+
+    def by_letter(self, letter: str) -> int | None:
+        """The option with this letter, or else the one that is this letter.
+
+        Args:
+            letter: in either case.
+        """
+        for names in (self.letters, self.symbols):
+            if letter.upper() in names:
+                return names.index(letter.upper())
+        return None
 
 
 class Mention(NamedTuple):
@@ -96,19 +109,20 @@ def read_options(choices: Sequence[str]) -> Options:
     """
     if len(choices) > len(string.ascii_uppercase):
         raise ValueError(f"Expected at most 26 choices, but got {len(choices)}; answer such tasks by text.")
-    read = [_LABELLED.fullmatch(clean(choice)) for choice in choices]
-    letters = tuple(found["letter"].upper() if found else "" for found in read)
-    if all(read) and len(set(letters)) == len(letters):
-        labels = tuple(_words(found["label"]) for found in read if found)
-        texts = [found["text"] for found in read if found]
-    else:
-        letters = tuple(string.ascii_uppercase[: len(choices)])
-        labels = ((),) * len(choices)
-        texts = [clean(choice) for choice in choices]
-    phrases = tuple(() if re.fullmatch(r"\(?[A-Za-z]\)?[.:]?", text) else _words(text) for text in texts)
-    if not any(phrases):  # the options are letters and nothing else
-        letters = tuple(re.sub(r"\W", "", text).upper() for text in texts)
-    return Options(letters, tuple(label if len(label) > 1 else () for label in labels), phrases)
+    texts = [clean(choice) for choice in choices]
+    labelled = [found for text in texts if (found := _LABELLED.fullmatch(text))]
+    letters = tuple(found["letter"].upper() for found in labelled)
+    labels: tuple[tuple[str, ...], ...] = ((),) * len(choices)
+    has_own_letters = len(set(letters)) == len(choices)
+    if has_own_letters:
+        names = [_words(found["label"]) for found in labelled]
+        labels = tuple(name if len(name) > 1 else () for name in names)
+        texts = [found["text"] for found in labelled]
+    symbols = tuple(_symbol(text) for text in texts)
+    if not has_own_letters:  # options that are letters and nothing else say which; others count from A
+        letters = symbols if all(symbols) else tuple(string.ascii_uppercase[: len(choices)])
+    phrases = tuple(() if symbol else _words(text) for text, symbol in zip(texts, symbols, strict=True))
+    return Options(letters, labels, phrases, symbols)
 
 
 def mentions(text: str, options: Options) -> list[Mention]:
@@ -156,6 +170,11 @@ def negation(text: str, before: Sequence[Token], start: int) -> Token | None:
         if word.text in _NEGATORS and not re.search(r"[.,;:!?\n]", text[word.end : start]):
             return None if {"only", "just"} & {later.text for later in near[index + 1 :]} else word
     return None
+
+
+def _symbol(text: str) -> str:
+    found = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", text)
+    return found[1].upper() if found else ""
 
 
 def _stands_at(phrase: tuple[str, ...], words: Sequence[Token], position: int) -> bool:

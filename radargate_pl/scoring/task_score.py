@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from radargate_pl.scoring.classification import f1, matthews
 from radargate_pl.scoring.intervals import bootstrap, wilson
+from radargate_pl.scoring.rouge import rouge_l
 from radargate_pl.scoring.translations import corpus_statistics
 
 
@@ -81,7 +82,7 @@ def measure(name: str, rows: Sequence[Row], labels: Sequence[str] = ()) -> Measu
         case "bleu" | "chrf":
             return _corpus(name, rows)
         case "rouge_l":
-            return _resampled([(float(row.value or 0.0), 1.0) for row in rows], lambda sums: sums[0] / sums[1])
+            return _resampled([(_rouge_of(row), 1.0) for row in rows], lambda sums: sums[0] / sums[1])
     raise ValueError(
         f"Expected a score to be one of accuracy, exact_match, sentence_chrf_accuracy, matthews, f1, bleu, chrf and "
         f"rouge_l, but got {name!r}."
@@ -131,6 +132,11 @@ def _confusion(rows: Sequence[Row]) -> tuple[list[list[float]], Callable[[Any], 
         cells[index[row.answer] * size + column] = 1.0
         table.append(cells)
     return table, lambda sums: matthews([list(sums[start : start + size]) for start in range(0, size**2, size)])
+
+
+def _rouge_of(row: Row) -> float:
+    """What ``judge`` found against the best accepted answer; formats without a value are held against the reference."""
+    return rouge_l(row.output, [row.answer]) if row.value is None else row.value
 
 
 def _positives(rows: Sequence[Row], labels: Sequence[str]) -> tuple[list[list[float]], Callable[[Any], float]]:
