@@ -70,6 +70,13 @@ CHOICES = [
     ("First the sun, then the moon", MOON, 1),
     ("A or B", MOON, None),
     ("The answer is A or B", MOON, None),
+    ("The answer is (A) or (B)", MOON, None),
+    ("The answer is (A), (B) and (C)", MOON, None),
+    ("Either (A) or (B), no: (C)", MOON, 2),
+    ("B is correct, some say; but D is correct.", MOON, 3),
+    ("(A)? (B)? (C)?", MOON, 2),
+    ("(A) is too hot and (D) is too far, so (B)", MOON, 1),
+    ("It is New York City, I think", ("New York", "New York City"), 1),
     # yes and no inside longer text
     ("No, because there is a yes in it.", YES_NO, 1),
     ("I see no reason to doubt it. Therefore the answer is yes.", YES_NO, 0),

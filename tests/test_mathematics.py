@@ -103,6 +103,11 @@ def test_different_formulas(one, other):
     assert not equal_mathematics(one, other)
 
 
+def test_the_comma_of_a_pair_is_no_separator():
+    assert normalised("(1,000)") != normalised("(1000)")
+    assert normalised("1,000") == normalised("1000")
+
+
 @pytest.mark.parametrize("output", ["", "I do not know", r"\boxed{"])
 def test_no_answer_is_wrong(output):
     assert judge("math", output, Reference(("5",))) == (None, False, None)

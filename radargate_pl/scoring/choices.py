@@ -15,9 +15,14 @@ _STATED_LETTER = re.compile(
     rf"(?:\((?P<bracketed>[A-Za-z])\){_LIST}|(?P<bare>[A-Z])(?:{_REASON}|(?=[\"'$\s]*(?:[.,;:)\n]|$))){_LIST}"
     rf"|(?P<small>[a-z])(?=[.)\"'\s]*(?:\n|$)))"
 )
-_LETTER_FIRST = re.compile(r"(?:\((?P<bracketed>[A-Za-z])\)|(?P<bare>[A-Z])[.)](?=\s|$))\s*")
+# "(B) the moon" answers, "(B) is too hot" and "(A), (B) ..." go on to say something.
+_GOES_ON = r"(?!\s*(?:[,/?]|(?i:is|are|was|were|and|or|can|cannot|could|would|should|seems|looks|does|do|has|have)\b))"
+_LETTER_FIRST = re.compile(rf"(?:\((?P<bracketed>[A-Za-z])\)|(?P<bare>[A-Z])[.)](?=\s|$)){_GOES_ON}\s*")
 _LETTER_COLON = re.compile(r"\(?(?P<letter>[A-Z])\)?\s*:\s*(?P<text>.*)")
 _NAMED_LETTER = re.compile(r"\((?P<bracketed>[A-Z])\)|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+\(?(?P<bare>[A-Z])\b\)?")
+_SEVERAL = re.compile(
+    r"\(?\b[A-Z]\b\)?(?:\s*(?:,|/|\bor\b|\band\b)\s*(?:or\s+|and\s+)?(?:option\s+|choice\s+)?\(?\b[A-Z]\b\)?)+"
+)
 _CORRECT = re.compile(r"[\"')\s]*\s(?:is|would\s+be)\s+(?:the\s+|a\s+)?(?:only\s+|most\s+)?(?:correct|right|best)\b")
 _LETTER_CORRECT = re.compile(r"(?:^|(?<=[\s\"']))\(?(?P<bare>[A-Z])\)?" + _CORRECT.pattern)
 
@@ -162,11 +167,14 @@ def _leading(text: str, options: Options, named: Sequence[Mention]) -> int | Non
 
 def _last(text: str, options: Options, named: Sequence[Mention]) -> int | None:
     words = tokens(text)
+    several = [range(*letters.span()) for letters in _SEVERAL.finditer(text)]
     found = []
     behind_letter = set()  # "(D) 12": the letter counts, whichever option has that text
     for letter in _NAMED_LETTER.finditer(text):
         if any(mention.start <= letter.start() < mention.end for mention in named):
             continue  # "carbon (C)" is an option's text
+        if any(letter.end() - 1 in letters for letters in several):
+            continue
         option = options.by_letter(letter["bracketed"] or letter["bare"])
         negator = negation(text, [word for word in words if word.end <= letter.start()], letter.start())
         if option is None or (negator and len(options.letters) != 2):
