@@ -1,5 +1,6 @@
 """Scores of a task over its judged examples, each with a 95 % interval."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -112,7 +113,7 @@ def chance_level(numbers_of_choices: Sequence[int]) -> float:
         >>> chance_level([4, 4, 2])
         0.3333333333333333
     """
-    return sum(1 / number for number in numbers_of_choices) / len(numbers_of_choices)
+    return math.fsum(1 / number for number in numbers_of_choices) / len(numbers_of_choices)
 
 
 def _resampled(statistics: Sequence[Sequence[float]], score: Callable[[Any], float]) -> Measure:
