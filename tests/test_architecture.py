@@ -17,7 +17,7 @@ LAYERS = {
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
         *("gates", "prototypes", "rank_rotation", "rotation_function", "rotations"),
     },
-    2: {"combines", "kept_grams", "mixture", "moe", "records"},
+    2: {"combines", "kept_grams", "mixture", "moe", "prompt_gates", "records"},
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),
         *("backbones", "smollm2", "debug_backbone", "hub", "folders", "fingerprints", "quantization"),
@@ -42,6 +42,7 @@ LAYERS = {
         "replicas",
         *("step_gradients", "step_logging", "strategy", "validation_state"),
         *("provenance", "search", "callbacks", "slurm"),
+        *("answers_key", "benchmark_results", "benchmark_step", "generation", "partial_answers", "ranking"),
     },
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
