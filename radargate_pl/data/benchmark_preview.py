@@ -17,7 +17,7 @@ def preview(data: "BenchmarkData", n: int) -> str:
         data: A set-up BenchmarkData.
         n: How many items.
     """
-    rows = [("task", *COLUMNS)]
+    rows: list[tuple[str, ...]] = [("task", *COLUMNS)]
     for name, benchmark in data.benchmarks.items():
         counts = (len(data.items(name)), len(data.reserved_ids(name)), len(data.truncated[name]))
         kind = (data.protocol_of(benchmark), benchmark.metrics[0], benchmark.prompt_version)
