@@ -130,8 +130,8 @@ class RequestEncoder:
         contexts = self._prompts([context for context, _ in pairs])
         if self.is_encoder_decoder:
             given = [continuation for _, continuation in pairs]
-            rows = prompt_ids(self.tokenizer, given, special=False, is_encoder_decoder=True)
-            return [Row(*row) for row in zip(contexts, rows, strict=True)]
+            continuations = prompt_ids(self.tokenizer, given, special=False, is_encoder_decoder=True)
+            return [Row(*row) for row in zip(contexts, continuations, strict=True)]
         wholes = self._prompts([context + continuation for context, continuation in pairs])
         # Letters on both sides of the border may be one token; the cut is then where the context alone would end.
         rows = [Row(whole[: len(c)], whole[len(c) :]) for c, whole in zip(contexts, wholes, strict=True)]

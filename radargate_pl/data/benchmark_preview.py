@@ -17,19 +17,17 @@ def preview(data: "BenchmarkData", n: int) -> str:
         data: A set-up BenchmarkData.
         n: How many items.
     """
-    width = max(len(name) for name in data.task_names)
+    rows: list[tuple[str, ...]] = [("task", *COLUMNS)]
+    for name, benchmark in data.benchmarks.items():
+        counts = (len(data.items(name)), len(data.reserved_ids(name)), len(data.truncated[name]))
+        kind = (data.protocol_of(benchmark), benchmark.metrics[0], benchmark.prompt_version)
+        rows.append((name, *map(str, counts), *kind))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"BenchmarkData: {len(data.task_names)} tasks, tokenizer {data.tokenizer_name}, prompt {data.prompt!r}",
         "",
     ]
-    lines.append(f"{'task':<{width}}  {'  '.join(COLUMNS)}")
-    for name, benchmark in data.benchmarks.items():
-        values = (
-            *(len(data.items(name)), len(data.reserved_ids(name)), len(data.truncated[name])),
-            *(data.protocol_of(benchmark), benchmark.metrics[0], benchmark.prompt_version),
-        )
-        cells = [f"{value!s:>{len(column)}}" for value, column in zip(values, COLUMNS, strict=True)]
-        lines.append(f"{name:<{width}}  {'  '.join(cells)}")
+    lines += ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     first = data.task_names[0]
     is_private = data.benchmarks[first].is_private
     return "\n".join([*lines, "", *(_item(item, is_private) for item in data.items(first)[:n])])
