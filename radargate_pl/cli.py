@@ -1,4 +1,4 @@
-"""The command line: ``radargate fit | validate | test | predict | doctor --config FILE [--key value]`` (layer 6).
+"""The command line: ``radargate fit | validate | test | predict | doctor | score ...`` (layer 6).
 
 ``main`` returns the exit code: 0, 1 for bad input found while running, 2 for mistakes in the configuration.
 """
@@ -37,6 +37,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from radargate_pl import doctor
 
             return doctor.main(words[1:])
+        elif words[:1] == ["score"]:
+            from radargate_pl import score_command
+
+            return score_command.main(words[1:])
         else:
             _run(words)
     except SystemExit as done:  # argparse's way to end after --help and --print_config
@@ -90,12 +94,12 @@ def _message_for_user(error: BaseException) -> str | None:
 
     An error this package raised on purpose counts wherever it hides: jsonargparse wraps what a constructor raises.
     """
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
     current: BaseException | None = error
     while current is not None:
         frames = traceback.extract_tb(current.__traceback__)
         if isinstance(current, ValueError) and frames and frames[-1].filename.startswith(_PACKAGE):
             return str(current)
         current = current.__cause__ or current.__context__
-    return str(error) if isinstance(error, OSError | MisconfigurationException) else None
+    lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # not there: none of its errors either
+    expected = (OSError, *((lightning.MisconfigurationException,) if lightning else ()))
+    return str(error) if isinstance(error, expected) else None

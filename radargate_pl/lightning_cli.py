@@ -48,7 +48,7 @@ _EPILOG = (
 )
 
 # The data's tokenizer is always the backbone's.
-LINKS = {"data.init_args.tokenizer": "model.network.init_args.backbone"}
+LINKS = {"data.init_args.tokenizer": "model.network.init_args.backbone", "benchmarks.overwrite": "overwrite"}
 # PartsTable says what Lightning's summary would, with dtypes and bytes.
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,

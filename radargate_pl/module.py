@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from radargate_pl.auxiliary_terms import AuxiliaryTerms
+from radargate_pl.benchmark_step import BenchmarkOutput, answer_batch, is_benchmark
 from radargate_pl.checkpoint import restore_network, store_network
+from radargate_pl.generation import generate_texts
 from radargate_pl.losses import example_mean_cross_entropy
 from radargate_pl.metrics import TaskScore, TaskScores, named_scores, score_examples
 from radargate_pl.networks import GatedNetwork, LabelledLogits
@@ -181,9 +183,9 @@ class AdaptedLM(LightningModule):
         """Score one batch; returns its ``gates`` and ``scores``."""
         return self._score(batch, "val")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> EvaluationOutput:
-        """Score one batch; returns its ``gates`` and ``scores``."""
-        return self._score(batch, "test")
+    def test_step(self, batch: Any, batch_idx: int) -> EvaluationOutput | BenchmarkOutput:
+        """Score one batch; returns its ``gates``, and ``scores`` or the ``rows`` of a benchmark."""
+        return answer_batch(self, batch) if "protocol" in batch else self._score(batch, "test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
         """Answer the prompts of one batch greedily."""
@@ -202,11 +204,9 @@ class AdaptedLM(LightningModule):
         Returns:
             B texts without special tokens and outer white space.
         """
-        network = self.built_network
-        tokens = network.generate(
-            input_ids, attention_mask, expert=self.expert_ids(task), do_sample=False, max_new_tokens=self.max_new_tokens
-        )
-        return [text.strip() for text in network.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        limit, expert = self.max_new_tokens, self.expert_ids(task)
+        written = generate_texts(self.built_network, input_ids, attention_mask, max_new_tokens=limit, expert=expert)
+        return [text.strip() for text, _ in written]
 
     def _score(self, batch: dict[str, Any], stage: str) -> EvaluationOutput:
         step = self.model_step(batch, stage)
@@ -223,6 +223,8 @@ class AdaptedLM(LightningModule):
         self._finish_scores("test")
 
     def _finish_scores(self, stage: str) -> None:
+        if is_benchmark(self._datamodule):
+            return  # `BenchmarkWriter` has their scores
         self.task_results = self.scores.results(self.task_names)
         self.scores.reset()
         values = named_scores(stage, self.task_results)
@@ -281,10 +283,7 @@ class AdaptedLM(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """See to a validation after the very last step."""
-        done = self.completed_step
-        if done is None:
-            return
-        if done.step == self.trainer.max_steps:
+        if self.completed_step is not None and self.completed_step.step == self.trainer.max_steps:
             # Lightning ends a run at max_steps without validating, unless an interval happens to fall there; asked to
             # stop, it does.
             self.trainer.should_stop = True

@@ -1,8 +1,10 @@
 """What the processes of a run tell one another (layer 5)."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from lightning.pytorch import Trainer
 
 T = TypeVar("T")
 
@@ -19,3 +21,27 @@ def gathered(value: T, world_size: int) -> list[T]:
     values: list[T] = [value] * world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def decided_by_first(decide: Callable[[], T], trainer: Trainer) -> T:
+    """What the first process decides, told to all; all of them must call this.
+
+    Args:
+        decide: called on the first process alone.
+        trainer: of all processes.
+
+    Raises:
+        ValueError: what ``decide`` raised, on every process: none waits for one that gave up.
+        OSError: likewise.
+    """
+    decided: list[T] = []
+    problem: ValueError | OSError | None = None
+    if trainer.is_global_zero:
+        try:
+            decided.append(decide())
+        except (ValueError, OSError) as error:
+            problem = error
+    decided, problem = gathered((decided, problem), trainer.world_size)[0]
+    if problem is not None:
+        raise problem
+    return decided[0]

@@ -170,39 +170,71 @@ def record_gates(
             layer.recorder = previous[path]
 
 
-class _Slot(NamedTuple):
-    """One kept output of every token: expert (T,), before and after rotation (T, out), angles (T, planes)."""
+class Slot(NamedTuple):
+    """One kept output of every token.
+
+    Attributes:
+        expert: local index of its expert, (T,) int64.
+        before: before the rotation, (T, out).
+        after: after it.
+        angles: in radians, (T, planes).
+        counted: 1 where the token is real and keeps the expert, (T,).
+    """
 
     expert: Tensor
     before: Tensor
     after: Tensor
     angles: Tensor
-    counted: Tensor  # 1 where the token is real and keeps the expert, (T,)
+    counted: Tensor
+
+
+class Turned(NamedTuple):
+    """What a layer's rotation did to its kept outputs; see `turned_outputs`.
+
+    Attributes:
+        planes: planes each expert is rotated in, E numbers.
+        mask: 1 for real tokens, (T,) float64.
+        slots: the K kept outputs of every token, each made when it is asked for.
+    """
+
+    planes: list[int]
+    mask: Tensor
+    slots: Iterator[Slot]
+
+
+def turned_outputs(
+    layer: MoELinear, x: Tensor, latents: Tensor, routing: Routing, tokens: Tensor | None
+) -> Turned | None:
+    """Rotate every kept expert of a recorded forward once more; ``None`` for a gate without a rotation."""
+    bank, acts_on_outputs = layer.bank, layer.gate.rotation.acts_on_outputs
+    latent_angles = layer.gate.rotation.latent_angles(x.flatten(0, -2))
+    if not acts_on_outputs and (latent_angles is None or not latent_angles.shape[-1]):
+        return None
+    mask = token_mask(tokens, latents.shape[:-2], routing.weights.double()).flatten()  # (T,)
+    indices = None if routing.indices is None else routing.indices.flatten(0, -2)
+    flat = Routing(routing.weights.flatten(0, -2), indices, None)
+    latents = latents.flatten(0, -3).to(routing.weights.dtype)  # as in `mix`
+    if latent_angles is None:
+        planes = [bank.out_features // 2] * bank.num_experts
+        return Turned(planes, mask, _turned_outputs(layer, latents, flat, mask))
+    planes = [rank // 2 for rank in bank.ranks]
+    return Turned(planes, mask, _turned_latents(layer, x.flatten(0, -2), latents, latent_angles, flat, mask))
 
 
 @torch.no_grad()
 def _observe(
     layer: MoELinear, x: Tensor, latents: Tensor, routing: Routing, tokens: Tensor | None, keep_angles: bool
 ) -> tuple[AngleStatistics | None, Tensor | None]:
-    bank, acts_on_outputs = layer.bank, layer.gate.rotation.acts_on_outputs
-    latent_angles = layer.gate.rotation.latent_angles(x.flatten(0, -2))
-    if not acts_on_outputs and (latent_angles is None or not latent_angles.shape[-1]):
+    turned = turned_outputs(layer, x, latents, routing, tokens)
+    if turned is None:
         return None, None
-    mask = token_mask(tokens, latents.shape[:-2], routing.weights.double()).flatten()  # (T,)
-    indices = None if routing.indices is None else routing.indices.flatten(0, -2)
-    flat = Routing(routing.weights.flatten(0, -2), indices, None)
-    latents = latents.flatten(0, -3).to(routing.weights.dtype)  # as in `mix`
-    if latent_angles is None:
-        slots = _turned_outputs(layer, latents, flat, mask)
-        stats = AngleStatistics.zeros([bank.out_features // 2] * bank.num_experts, mask.device)
-    else:
-        slots = _turned_latents(layer, x.flatten(0, -2), latents, latent_angles, flat, mask)
-        stats = AngleStatistics.zeros([rank // 2 for rank in bank.ranks], mask.device)
+    planes, mask, slots = turned
+    stats = AngleStatistics.zeros(planes, mask.device)
     sample = mask.nonzero().squeeze(-1)[:COSINE_TOKENS]
     sampled, experts, angles = [], [], []
     for slot in slots:
         _add_angles(stats, slot)
-        sampled.append(_Slot(*(part[sample] for part in slot)))
+        sampled.append(Slot(*(part[sample] for part in slot)))
         if keep_angles:
             experts.append(slot.expert)
             angles.append(slot.angles)
@@ -210,35 +242,36 @@ def _observe(
     if not angles:
         return stats, None
     together = torch.stack(angles, dim=-2)
-    if indices is not None:  # a combination may have put the experts into another order
+    if routing.indices is not None:  # a combination may have put the experts into another order
+        indices = routing.indices.flatten(0, -2)
         position = (indices.unsqueeze(-1) == torch.stack(experts, dim=-1).unsqueeze(-2)).int().argmax(-1)
         together = together.take_along_dim(position.unsqueeze(-1), dim=-2)
     return stats, together.unflatten(0, routing.weights.shape[:-1])
 
 
-def _turned_outputs(layer: MoELinear, latents: Tensor, routing: Routing, mask: Tensor) -> Iterator[_Slot]:
+def _turned_outputs(layer: MoELinear, latents: Tensor, routing: Routing, mask: Tensor) -> Iterator[Slot]:
     bank, rotation = layer.bank, layer.gate.rotation
     total, weights, outputs = kept_outputs(latents, routing, bank, layer.combine)
     for weight, output in zip(weights.unbind(-1), outputs, strict=True):
         before, after, angles = rotated_output(latents, total, output, bank, rotation)
         if angles is not None:
             expert = torch.as_tensor(output.expert, device=mask.device).expand(mask.shape)
-            yield _Slot(expert, before, after, angles, mask * (weight != 0))
+            yield Slot(expert, before, after, angles, mask * (weight != 0))
 
 
 def _turned_latents(
     layer: MoELinear, x: Tensor, latents: Tensor, angles: Tensor, routing: Routing, mask: Tensor
-) -> Iterator[_Slot]:
+) -> Iterator[Slot]:
     weights, indices, _ = routing
     rotated = layer.gate.rotation.latents(latents, x, indices)
     for slot, weight in enumerate(weights.unbind(-1)):
         expert = torch.full(mask.shape, slot, device=mask.device) if indices is None else indices[:, slot]
         before, after = (layer.bank.lift(h, expert) for h in (latents, rotated))
         own = angles.take_along_dim(expert[:, None, None], dim=-2).squeeze(-2)
-        yield _Slot(expert, before, after, own, mask * (weight != 0))
+        yield Slot(expert, before, after, own, mask * (weight != 0))
 
 
-def _add_angles(stats: AngleStatistics, slot: _Slot) -> None:
+def _add_angles(stats: AngleStatistics, slot: Slot) -> None:
     wide = slot.angles.double()
     stats.count.index_add_(0, slot.expert, slot.counted)
     stats.mean_sum.index_add_(0, slot.expert, wide.sum(-1) * slot.counted)
@@ -247,7 +280,7 @@ def _add_angles(stats: AngleStatistics, slot: _Slot) -> None:
     stats.beyond_sum.index_add_(0, slot.expert, (wide.abs() > math.pi / 4).sum(-1) * slot.counted)
 
 
-def _add_cosines(stats: AngleStatistics, slots: list[_Slot]) -> None:
+def _add_cosines(stats: AngleStatistics, slots: list[Slot]) -> None:
     for first, second in itertools.combinations(slots, 2):
         both = first.counted * second.counted
         before = F.cosine_similarity(first.before.double(), second.before.double(), dim=-1)

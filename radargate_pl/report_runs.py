@@ -119,7 +119,7 @@ def read_run(folder: Path, split: str = "validation") -> Run:
     summaries = {newest["command"]: newest, **newest.get("earlier", {})}  # a failed newest one gives way
     for command in COMMANDS_OF_SPLIT[split]:
         summary = summaries.get(command)
-        if summary and summary["tasks"]:
+        if summary and summary["tasks"] and _has_losses(summary):
             return Run(
                 folder=folder,
                 tasks={name: _scores(values) for name, values in summary["tasks"].items()},
@@ -130,8 +130,13 @@ def read_run(folder: Path, split: str = "validation") -> Run:
             )
     raise ValueError(
         f"Expected {path} to hold {split} scores, but found none (commands: {', '.join(summaries)}; the last one's "
-        f"status: {newest['status']}); run `radargate {COMMANDS_OF_SPLIT[split][0]} --config {folder}/config.yaml`"
+        f"status: {newest['status']}); run `radargate {COMMANDS_OF_SPLIT[split][0]} --config {folder}/config.yaml`. "
+        "Scores of benchmarks have no loss: they are in test/<task>/results.json"
     )
+
+
+def _has_losses(summary: dict[str, Any]) -> bool:
+    return all("loss" in values for values in summary["tasks"].values())
 
 
 def task_names(groups: Iterable[Group]) -> list[str]:

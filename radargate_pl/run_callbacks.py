@@ -52,6 +52,8 @@ class StoreConfig(SaveConfigCallback):
 class LoadGateFolder(Callback):
     """Loads a saved gate into the network that the config describes, checked against its fingerprints.
 
+    As soon as the network is built: a test asks for its weights before it asks for its data.
+
     Args:
         folder: the gate folder.
     """
@@ -59,11 +61,24 @@ class LoadGateFolder(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def _load(self, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Begin the command with this gate; the validations inside a fit see what the fit makes of it."""
+        if pl_module.network is not None:
+            self._load(pl_module.network)
+            return
+        make = pl_module.network_factory
+
+        def make_with_gate(tasks: Any) -> Any:
+            network = make(tasks)
+            self._load(network)
+            return network
+
+        pl_module.network_factory = make_with_gate
+
+    def _load(self, network: Any) -> None:
         from radargate_pl.checkpoint import combine_problems, gate_problems
         from radargate_pl.gate_folder import check_fingerprints, read_config, read_gate_tensors
 
-        network: Any = pl_module.network
         config = read_config(self.folder)
         check_fingerprints(config["fingerprints"], network.fingerprints)
         problems = [
@@ -73,20 +88,3 @@ class LoadGateFolder(Callback):
         if problems:
             raise ValueError(f"The gate folder {self.folder} does not fit this configuration: {'; '.join(problems)}.")
         network.load_gate_state(read_gate_tensors(self.folder))
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the fit from this gate."""
-        self._load(pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate this gate; the validations inside a fit see what the fit made of it."""
-        if trainer.state.fn == "validate":
-            self._load(pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate this gate."""
-        self._load(pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Answer with this gate."""
-        self._load(pl_module)

@@ -12,12 +12,12 @@ PACKAGE = ROOT / "radargate_pl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space"},
+    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space", "scoring", "benchmarks"},
     1: {
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
         *("gates", "prototypes", "rank_rotation", "rotation_function", "rotations"),
     },
-    2: {"combines", "kept_grams", "mixture", "moe", "records"},
+    2: {"combines", "kept_grams", "mixture", "moe", "prompt_gates", "records"},
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),
         *("backbones", "smollm2", "debug_backbone", "hub", "folders", "fingerprints", "quantization"),
@@ -42,10 +42,11 @@ LAYERS = {
         "replicas",
         *("step_gradients", "step_logging", "strategy", "validation_state"),
         *("provenance", "search", "callbacks", "slurm"),
+        *("answers_key", "benchmark_results", "benchmark_step", "generation", "partial_answers", "ranking"),
     },
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
-        *("domain_command", "doctor", "doctor_checks"),
+        *("domain_command", "doctor", "doctor_checks", "score_command", "predictions"),
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
 }
@@ -54,7 +55,7 @@ LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 # What each layer may import besides torch and the standard library.
 OUTSIDE = {
-    0: set(),
+    0: {"numpy", "sacrebleu", "rouge_score", "math_verify"},  # of scoring, inside functions
     1: set(),
     2: set(),
     3: {

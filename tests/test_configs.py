@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
 OVERRIDES = {name for name in CONFIGS if name.split("/")[0] in ("architectures", "backbones", "gates", "trainer")}
 OVERRIDES |= {"rules/union.yaml", "rules/union_wide.yaml"}
-BASES = sorted(CONFIGS.keys() - OVERRIDES)
+BENCHMARK = "benchmark.yaml"  # replaces the data of a run
+BASES = sorted(CONFIGS.keys() - OVERRIDES - {BENCHMARK})
 
 # Class and rotation of each override, with its line: every argument it does not name is the class's own default.
 SOFTMAX = "top_k=2, scorer=x, temperature=1.0, renormalize=auto, output_scale=1.0"
@@ -114,6 +115,24 @@ def test_overrides_go_on_top_of_a_base(parsed, name):
     assert config["model"]["optimizer"] == base["model"]["optimizer"]
     for key, value in given.get("trainer", {}).items():
         assert config["trainer"][key] == value
+
+
+def test_benchmarks_take_the_place_of_a_runs_data(parsed):
+    base = parsed(*with_configs("flan/radargate.yaml"))
+    config = parsed(
+        *with_configs("flan/radargate.yaml", BENCHMARK), "--data.tasks", "[glue, task1]", "--data.limit", "5"
+    )
+    data = config["data"]
+    assert data["class_path"] == "radargate_pl.data.BenchmarkData"
+    given = yaml.safe_load(CONFIGS[BENCHMARK].read_text())["data"]["init_args"]
+    assert data["init_args"] == {
+        **{**given, "tasks": ["glue", "task1"], "limit": 5},
+        # Its own defaults, nothing of the mixture's arguments of the same name.
+        **{"max_new_tokens": None, "on_bad_record": "raise", "num_workers": 0},
+    }
+    assert {key: value for key, value in config.items() if key != "data"} == {
+        key: value for key, value in base.items() if key != "data"
+    }
 
 
 @pytest.mark.parametrize("name", sorted(GATES))

@@ -3,6 +3,7 @@
 from lightning.pytorch import Callback
 
 from radargate_pl.callbacks.announcement import GateAnnouncement
+from radargate_pl.callbacks.benchmark_writer import BenchmarkWriter
 from radargate_pl.callbacks.exact_resume import ExactResume
 from radargate_pl.callbacks.expert_load import ExpertLoadMonitor
 from radargate_pl.callbacks.loss_convergence import LossConvergenceMonitor
@@ -29,6 +30,7 @@ DEFAULTS: dict[str, type[Callback]] = {
     "loss_convergence": LossConvergenceMonitor,
     "samples": SampleGenerations,
     "results": ResultWriter,
+    "benchmarks": BenchmarkWriter,
     "resource_guard": ResourceGuard,
     "non_finite": NonFiniteGuard,
     "replicas": ReplicaCheck,
@@ -40,6 +42,7 @@ DEFAULTS: dict[str, type[Callback]] = {
 
 __all__ = [
     "DEFAULTS",
+    "BenchmarkWriter",
     "ExactResume",
     "ExpertLoadMonitor",
     "GateAnnouncement",

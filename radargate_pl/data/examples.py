@@ -122,10 +122,18 @@ class Collator:
         }
 
     def _pad(self, rows: Sequence[list[int]], value: int) -> Tensor:
-        """(rows, longest row) int64."""
-        length = max((len(row) for row in rows), default=0)
-        fillings = [[value] * (length - len(row)) for row in rows]
-        left = self.prompts_only and not self.is_encoder_decoder
-        pairs = zip(rows, fillings, strict=True)
-        padded = [fill + row if left else row + fill for row, fill in pairs]
-        return torch.tensor(padded, dtype=torch.int64).view(len(rows), length)
+        return padded(rows, value, to_the_left=self.prompts_only and not self.is_encoder_decoder)
+
+
+def padded(rows: Sequence[list[int]], value: int, to_the_left: bool = False) -> Tensor:
+    """Rows of different lengths as a tensor (rows, longest row) int64.
+
+    Args:
+        rows: The rows.
+        value: Fills what is missing.
+        to_the_left: Whether it stands before a row.
+    """
+    length = max((len(row) for row in rows), default=0)
+    fillings = [[value] * (length - len(row)) for row in rows]
+    full = [fill + row if to_the_left else row + fill for row, fill in zip(rows, fillings, strict=True)]
+    return torch.tensor(full, dtype=torch.int64).view(len(rows), length)

@@ -118,7 +118,7 @@ class RecordEncoder:
             room = self.max_length - (0 if self.is_encoder_decoder else len(answers[number]))
             fits = len(prompts[number]) <= room
             if not fits:
-                prompts[number] = self._shorten(record.source, room)
+                prompts[number] = self._shortened(record.source, room)
             if not prompts[number] or len(answers[number]) > self.max_length:
                 bad_records.add(task, record.where, self._too_long(len(answers[number])))
                 continue
@@ -126,21 +126,14 @@ class RecordEncoder:
             truncated.append(not fits)
         return pack([prompts[i] for i in kept], [answers[i] for i in kept], kept, truncated)
 
-    def _shorten(self, source: str, room: int) -> list[int]:
-        """The prompt that keeps as much of both ends of `source` as fits into `room` tokens; empty if none does."""
-        best: list[int] = []
-        low, high = 0, len(source)
-        while low <= high:
-            keep = (low + high) // 2
-            # A character more is a token more, nearly always; whatever is kept was measured, so a bend in the
-            # search costs a few characters and never exceeds the room.
-            middle_lost = source[: keep - keep // 2] + GAP + source[len(source) - keep // 2 :]
-            ids = self._prompt_ids([self.format.render(middle_lost)])[0]
-            if len(ids) <= room:
-                best, low = ids, keep + 1
-            else:
-                high = keep - 1
-        return best
+    def _shortened(self, source: str, room: int) -> list[int]:
+        """The prompt with as much of `source` as fits into `room` tokens; empty if none does."""
+
+        def prompt(text: str) -> list[int]:
+            return self._prompt_ids([self.format.render(text)])[0]
+
+        text = without_middle(source, lambda shorter: len(prompt(shorter)) <= room)
+        return [] if text is None else prompt(text)
 
     def _too_long(self, answer_length: int) -> str:
         if self.is_encoder_decoder:
@@ -152,15 +145,7 @@ class RecordEncoder:
         )
 
     def _prompt_ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids with the tokenizer's own special tokens, unless the chat template writes them as text."""
-        special = not self.format.uses_chat_template
-        rows = _ids(self.tokenizer, texts, add_special_tokens=special)
-        if self.is_encoder_decoder or not special:
-            return rows
-        # Some decoder-only tokenizers close every text; a prompt must stay open.
-        end = self.tokenizer.eos_token_id
-        begins_alike = self.tokenizer.bos_token_id == end
-        return [row[:-1] if row[-1:] == [end] and not (begins_alike and len(row) == 1) else row for row in rows]
+        return prompt_ids(self.tokenizer, texts, not self.format.uses_chat_template, self.is_encoder_decoder)
 
     def _answer_ids(self, texts: list[str]) -> list[list[int]]:
         end = self.tokenizer.eos_token_id
@@ -168,6 +153,45 @@ class RecordEncoder:
             rows = _ids(self.tokenizer, text_target=texts)
             return [row if end in row else [*row, end] for row in rows]
         return [[*row, end] for row in _ids(self.tokenizer, texts, add_special_tokens=False)]
+
+
+def without_middle(text: str, fits: Callable[[str], bool]) -> str | None:
+    """As much of both ends of a text as fits, with a gap between them; None if not even the gap does.
+
+    Args:
+        text: The text.
+        fits: Whether a text is short enough.
+    """
+    best = None
+    low, high = 0, len(text)
+    while low <= high:
+        keep = (low + high) // 2
+        # A character more is a token more, nearly always; whatever is kept was measured, so a bend in the search costs
+        # a few characters and never exceeds the room.
+        shorter = text[: keep - keep // 2] + GAP + text[len(text) - keep // 2 :]
+        if fits(shorter):
+            best, low = shorter, keep + 1
+        else:
+            high = keep - 1
+    return best
+
+
+def prompt_ids(tokenizer: Any, texts: list[str], special: bool, is_encoder_decoder: bool = False) -> list[list[int]]:
+    """Token ids of texts that an answer follows.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        texts: The prompts.
+        special: Whether the tokenizer adds its special tokens; a chat template writes them as text.
+        is_encoder_decoder: Whether a prompt is a sequence of its own, which may be closed.
+    """
+    rows = _ids(tokenizer, texts, add_special_tokens=special)
+    if is_encoder_decoder or not special:
+        return rows
+    # Some decoder-only tokenizers close every text; a prompt must stay open.
+    end = tokenizer.eos_token_id
+    begins_alike = tokenizer.bos_token_id == end
+    return [row[:-1] if row[-1:] == [end] and not (begins_alike and len(row) == 1) else row for row in rows]
 
 
 def _ids(tokenize: Callable[..., Any], *texts: list[str], **options: Any) -> list[list[int]]:

@@ -1,0 +1,108 @@
+"""Throughput of `radargate test` by generation against plain `generate` of transformers, on the same batches.
+
+    python benchmarks/generation_throughput.py --root DATA --task gsm8k --limit 32 --max_new_tokens 64
+
+Both take turns batch by batch in one run: the frozen backbone alone with transformers' own stop strings, then the whole
+test step with judging, the summary of the gates and the answers written to disk. DATA holds the benchmark's file.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from radargate_pl.backbones import load_backbone
+from radargate_pl.callbacks import BenchmarkWriter
+from radargate_pl.data import BenchmarkData
+from radargate_pl.gates import RadarGate
+from radargate_pl.module import AdaptedLM
+from radargate_pl.networks import GatedNetwork
+
+
+class PlainGenerate(Callback):
+    """Generates for every batch with a plain backbone before the test step does.
+
+    Args:
+        loaded: the backbone.
+    """
+
+    def __init__(self, loaded: Any) -> None:
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.seconds, self.tokens = 0.0, 0
+
+    @torch.no_grad()
+    def on_test_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
+        """Take a turn; the end tokens and stop strings count as generated."""
+        self.model.to(batch["input_ids"].device)
+        prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        options = {"stop_strings": list(batch["stop"]), "tokenizer": self.tokenizer} if batch["stop"] else {}
+        begun = time.perf_counter()
+        ids = self.model.generate(
+            **prompt,
+            do_sample=False,
+            max_new_tokens=batch["max_new_tokens"],
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        )
+        new = ids[:, prompt["input_ids"].shape[1] :].tolist()
+        self.seconds += time.perf_counter() - begun
+        self.tokens += sum(_length(row, self.tokenizer.pad_token_id) for row in new)
+
+
+class Stopwatch(Callback):
+    """Times the test step and what the callbacks before this one do behind it."""
+
+    def __init__(self) -> None:
+        self.seconds, self.tokens, self._begun = 0.0, 0, 0.0
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        """Begin."""
+        self._begun = time.perf_counter()
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        """Add up."""
+        self.seconds += time.perf_counter() - self._begun
+        self.tokens += outputs["tokens"]
+
+
+def _length(row: list[int], pad: int) -> int:
+    """Tokens up to the first padding, which is one more where the end token pads."""
+    return row.index(pad) + 1 if pad in row else len(row)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", required=True, help="folder with the file of the benchmark")
+    parser.add_argument("--runs", default="runs/generation_throughput")
+    parser.add_argument("--task", default="gsm8k")
+    parser.add_argument("--backbone", default="smollm2-135m-q4")
+    parser.add_argument(
+        "--experts", default=None, help="folder of experts, mixed by RadarGate; the backbone alone without"
+    )
+    parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    options = parser.parse_args()
+    experts = options.experts or []
+    lm = AdaptedLM(lambda tasks: GatedNetwork(tasks, backbone=options.backbone, experts=experts, gate=RadarGate))
+    settings = {name: getattr(options, name) for name in ("root", "limit", "batch_size", "max_new_tokens")}
+    data = BenchmarkData([options.task], tokenizer=options.backbone, protocol="generation", **settings)
+    plain, tested = PlainGenerate(load_backbone(options.backbone)), Stopwatch()
+    trainer = Trainer(
+        default_root_dir=Path(options.runs),
+        callbacks=[plain, BenchmarkWriter(overwrite=True), tested],
+        **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
+    )
+    trainer.test(lm, datamodule=data, verbose=False)
+    print(f"{options.task}, {options.limit} examples, batches of {options.batch_size}, {lm.built_network.describe()}")
+    for name, found in (("generate of transformers", plain), ("radargate test", tested)):
+        print(f"{name}: {found.tokens} tokens in {found.seconds:.2f} s, {found.tokens / found.seconds:.1f} tokens/s")
+    print(f"ratio: {tested.tokens / tested.seconds / (plain.tokens / plain.seconds):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""One batch of a benchmark: what the model answers, whether that is right, and what its gates did (layer 5)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from radargate_pl.generation import generate_texts
+from radargate_pl.networks import GatedNetwork
+from radargate_pl.prompt_gates import PromptGates, record_prompts
+from radargate_pl.ranking import (
+    best_choice,
+    best_choice_by_bytes,
+    log_likelihoods,
+    share_prompts,
+    shared_log_likelihoods,
+)
+from radargate_pl.scoring import Reference, judge
+
+if TYPE_CHECKING:
+    from radargate_pl.benchmarks import Benchmark
+    from radargate_pl.data.benchmark_items import Item
+    from radargate_pl.data.benchmark_requests import BenchmarkBatch
+
+# Digits behind the point that are kept of log-likelihoods and sentence scores.
+DIGITS = 6
+
+Row = dict[str, Any]
+
+
+class BenchmarkOutput(TypedDict):
+    """What callbacks get after a test batch of a benchmark.
+
+    Attributes:
+        gates: ``None``; each row has a summary of its own.
+        rows: a line of ``predictions.jsonl`` for each item of the batch.
+        tokens: tokens behind the answers: of prompts and continuations in ranking, the generated ones in generation.
+    """
+
+    gates: None
+    rows: list[Row]
+    tokens: int
+
+
+def is_benchmark(data: Any) -> bool:
+    """Whether a data module asks benchmarks, by ranking or generation, instead of giving examples with their loss."""
+    return hasattr(data, "benchmarks")
+
+
+def answer_batch(lm: Any, batch: BenchmarkBatch) -> BenchmarkOutput:
+    """Answer and judge the items of one batch.
+
+    Args:
+        lm: an `AdaptedLM` whose trainer runs with a `BenchmarkData`; its network is in evaluation mode.
+        batch: items of one task; may be empty.
+    """
+    if not batch["items"]:
+        return BenchmarkOutput(gates=None, rows=[], tokens=0)
+    network: GatedNetwork = lm.built_network
+    benchmark = lm.trainer.datamodule.benchmarks[batch["items"][0].task]
+    expert = lm.expert_ids(batch["task"])[batch["item"]]
+    answer = _ranked if batch["protocol"] == "ranking" else _generated
+    rows, gates, tokens = answer(network, batch, benchmark, expert)
+    for row, truncated, summary in zip(rows, batch["truncated"], gates.summaries(len(rows)), strict=True):
+        row |= {"truncated": truncated, "gate": summary}
+    return BenchmarkOutput(gates=None, rows=rows, tokens=tokens)
+
+
+def _ranked(
+    network: GatedNetwork, batch: BenchmarkBatch, benchmark: Benchmark, expert: Tensor
+) -> tuple[list[Row], PromptGates, int]:
+    likelihoods, gates = _likelihoods(network, batch, expert)
+    of_item: list[list[float]] = [[] for _ in batch["items"]]
+    for position, value in zip(batch["item"].tolist(), likelihoods.tolist(), strict=True):
+        of_item[position].append(round(value, DIGITS))
+    rows = []
+    for item, scores in zip(batch["items"], of_item, strict=True):
+        chosen, names = best_choice(scores), _choice_names(item, benchmark)
+        row = {**_question(item, benchmark), "output": names[chosen], "extracted": names[chosen]}
+        row |= {"correct": chosen == item.answer_index, "answer": names[item.answer_index or 0], "choices": names}
+        rows.append({**row, "logprobs": scores, "chosen_bytes": best_choice_by_bytes(scores, item.choices)})
+    return rows, gates, int(batch["attention_mask"].sum())
+
+
+def _likelihoods(network: GatedNetwork, batch: BenchmarkBatch, expert: Tensor) -> tuple[Tensor, PromptGates]:
+    """The log-likelihood of every row, and the gates of every item's prompt, of which its first row tells."""
+    item, tensors = batch["item"], (batch["input_ids"], batch["attention_mask"], batch["labels"])
+    first = torch.cat([item.new_ones(1, dtype=torch.bool), item[1:] != item[:-1]]).nonzero().squeeze(-1)
+    if network.is_encoder_decoder:
+        with record_prompts(network.backbone, {"encoder": batch["attention_mask"][first].bool()}, first) as gates:
+            return log_likelihoods(network, *tensors, expert), gates
+    shared = share_prompts(*tensors, expert)
+    prompts = shared.of_row[first]
+    with record_prompts(network.backbone, {"decoder": shared.attention_mask[prompts].bool()}, prompts) as gates:
+        return shared_log_likelihoods(network, shared), gates
+
+
+def _generated(
+    network: GatedNetwork, batch: BenchmarkBatch, benchmark: Benchmark, expert: Tensor
+) -> tuple[list[Row], PromptGates, int]:
+    prompts = (batch["input_ids"], batch["attention_mask"])
+    stop, limit = batch["stop"], batch["max_new_tokens"]
+    stream = "encoder" if network.is_encoder_decoder else "decoder"
+    with record_prompts(network.backbone, {stream: prompts[1].bool()}, batch["item"]) as gates:
+        written = generate_texts(network, *prompts, max_new_tokens=limit, stop=stop, expert=expert)
+    rows = []
+    for item, (text, tokens) in zip(batch["items"], written, strict=True):
+        judgement = judge(benchmark.answer_format, text, Reference(item.references, item.choices))
+        names = dict(zip(item.choices, _choice_names(item, benchmark), strict=True))
+        extracted, answer = judgement.extracted, item.references[0]
+        row = {**_question(item, benchmark), "output": text, "extracted": names.get(extracted or "", extracted)}
+        row |= {"correct": judgement.correct, "answer": names.get(answer, answer)}
+        row |= {"targets": list(item.references)} if len(item.references) > 1 else {}
+        row |= {"choices": list(names.values())} if names else {}
+        row |= {} if judgement.value is None else {"value": round(judgement.value, DIGITS)}
+        rows.append({**row, "tokens": tokens})
+    return rows, gates, sum(tokens for _, tokens in written)
+
+
+def _question(item: Item, benchmark: Benchmark) -> Row:
+    """Id, task and prompt; of a benchmark whose authors ask to keep its texts private, only the prompt's SHA-256."""
+    digest = hashlib.sha256(item.prompt.encode()).hexdigest()
+    return {"id": item.id, "task": item.task, "prompt": digest if benchmark.is_private else item.prompt}
+
+
+def _choice_names(item: Item, benchmark: Benchmark) -> list[str]:
+    """The choices as they stand in files: their texts, or letters where the texts are to stay private."""
+    return [chr(ord("A") + n) for n in range(len(item.choices))] if benchmark.is_private else list(item.choices)

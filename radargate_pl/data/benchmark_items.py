@@ -1,0 +1,121 @@
+"""Items of benchmarks: one question with its prompt, choices and accepted answers."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from radargate_pl.benchmarks import Benchmark, Protocol
+from radargate_pl.data.benchmark_fields import Fields
+from radargate_pl.data.records import BadRecords
+
+PLACE = re.compile(r"\{(\w+)(?::(\w+))?\}")
+BETWEEN_EXAMPLES = "\n\n"
+
+
+class Item(NamedTuple):
+    """One example of a benchmark, as one protocol asks it; Lightning refuses frozen dataclasses in batches, so none.
+
+    Args:
+        id: Unique within the task.
+        task: Name of the benchmark.
+        prompt: The rendered prompt, few-shot examples in front; the user's turn of a chat.
+        choices: Ranking: what may follow the prompt. Generation: the options an answer is held against. () = open.
+        answer_index: Position of the right choice; None for an open question.
+        references: Accepted answers as text, the first is the reference; the right choice where there are choices.
+        where: File and line or data set and row, for messages.
+    """
+
+    id: str
+    task: str
+    prompt: str
+    choices: tuple[str, ...]
+    answer_index: int | None
+    references: tuple[str, ...]
+    where: str
+
+
+class ItemMaker:
+    """Renders the examples of a benchmark.
+
+    Args:
+        benchmark: What it is.
+        protocol: How it is asked.
+        in_chat: Whether the prompt is a user's turn.
+
+    Raises:
+        ValueError: If choices are to be ranked and the benchmark has none.
+    """
+
+    def __init__(self, benchmark: Benchmark, protocol: Protocol, in_chat: bool = False) -> None:
+        if protocol == "ranking" and benchmark.answer_format != "choice":
+            raise ValueError(
+                f"Expected protocol: ranking for benchmarks with choices, but {benchmark.name} is an open question. "
+                "Set protocol: standard or generation."
+            )
+        self.benchmark = benchmark
+        template = (protocol == "generation" and benchmark.generation_prompt) or benchmark.prompt
+        self.template = (in_chat and benchmark.chat_prompt) or template
+        # An answer in words is held against the options that the prompt lists, not against their letters.
+        self.takes_options = protocol == "generation" and any(m[1] == "options" for m in PLACE.finditer(self.template))
+
+    def items(self, shown: Sequence[Fields], scored: Sequence[Fields], bad_records: BadRecords) -> list[Item]:
+        """Render the examples of `scored`, before each of them those of `shown` with their answers.
+
+        Args:
+            shown: Few-shot examples.
+            scored: Examples that are asked.
+            bad_records: Receives what lacks an input of the template.
+        """
+        front = self.benchmark.description
+        for example in shown:
+            item = self._render(example, bad_records)
+            if item is not None:
+                answer = example.solution or item.references[0]
+                front += item.prompt + gap(item.prompt) + answer + BETWEEN_EXAMPLES
+        items = [self._render(example, bad_records) for example in scored]
+        return [item._replace(prompt=front + item.prompt) for item in items if item is not None]
+
+    def _render(self, example: Fields, bad_records: BadRecords) -> Item | None:
+        choices = self._choices(example)
+        try:
+            prompt = render(self.template, example.inputs, example.options)
+        except ValueError as error:
+            bad_records.add(self.benchmark.name, example.where, str(error))
+            return None
+        index = example.answer_index
+        references = example.answers if index is None else (choices[index],)
+        return Item(example.id, self.benchmark.name, prompt, choices, index, references, example.where)
+
+    def _choices(self, example: Fields) -> tuple[str, ...]:
+        labels = self.benchmark.labels
+        if not labels or (self.takes_options and example.options):
+            return example.options
+        return labels[: len(example.options) or None]
+
+
+def gap(prompt: str) -> str:
+    """What stands between a prompt and its answer: a blank, unless the prompt ends in white space."""
+    return "" if prompt[-1:].isspace() else " "
+
+
+def render(template: str, inputs: Mapping[str, str], options: Sequence[str] = ()) -> str:
+    """Fill a template; see `Benchmark` for what may stand in one.
+
+    Raises:
+        ValueError: If an input is missing.
+    """
+
+    def filled(place: re.Match[str]) -> str:
+        name, form = place.groups()
+        if name == "options":
+            return "\n".join(f"({a}) {b}" if form == "brackets" else f"{a}. {b}" for a, b in _lettered(options))
+        if name not in inputs:
+            raise ValueError(f"missing input {name!r}; there are {', '.join(inputs) or 'none'}")
+        text = inputs[name] if form is None else inputs[name].strip()
+        return text + "." if form == "sentence" and not text.endswith(".") else text
+
+    return PLACE.sub(filled, template)
+
+
+def _lettered(options: Sequence[str]) -> list[tuple[str, str]]:
+    return [(chr(ord("A") + number), option) for number, option in enumerate(options)]

@@ -1,0 +1,163 @@
+"""How likely a model finds given continuations: the standard way to answer a multiple-choice question (layer 5)."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from radargate_pl.label_logits import only_positions
+from radargate_pl.losses import IGNORE_INDEX, token_cross_entropy
+from radargate_pl.network_checks import takes_position_ids
+from radargate_pl.networks import GatedNetwork
+
+
+@torch.no_grad()
+def log_likelihoods(
+    network: GatedNetwork,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    expert: Tensor | None = None,
+) -> Tensor:
+    """Sum of the log probabilities of each row's labelled tokens, ``sum_t log p(y_t | y_<t, x)``.
+
+    The softmax and the logarithm are taken in float32 whatever the backbone's dtype, the sum in float64.
+
+    Args:
+        network: causal or encoder-decoder.
+        input_ids: prompt and continuation, or the prompt alone of an encoder-decoder model, (R, S) int64.
+        attention_mask: 1 for real tokens, (R, S) int64.
+        labels: the continuation's tokens in place, or as targets of an encoder-decoder model, -100 elsewhere; int64.
+        expert: id of each row's own expert, (R,) int64, -1 for none.
+
+    Returns:
+        (R,) float64 in nats; 0 for a row without labels.
+    """
+    logits, targets, row = network(input_ids, attention_mask, labels, expert=expert)
+    sums = torch.zeros(input_ids.shape[0], dtype=torch.float64, device=logits.device)
+    return sums.index_add(0, row, -token_cross_entropy(logits, targets).double())
+
+
+class SharedPrompts(NamedTuple):
+    """A ranking batch of a causal model with each different prompt once.
+
+    Attributes:
+        input_ids: prompts, left-padded, (P, S) int64.
+        attention_mask: (P, S) int64.
+        expert: id of each prompt's own expert, (P,) int64, or ``None``.
+        of_row: the prompt each row belongs to, (R,) int64.
+        continuations: each row's labelled tokens, right-padded, (R, L) int64.
+        mask: which of them are real, (R, L) bool.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    expert: Tensor | None
+    of_row: Tensor
+    continuations: Tensor
+    mask: Tensor
+
+
+def share_prompts(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, expert: Tensor | None) -> SharedPrompts:
+    """Take prompts and continuations apart.
+
+    Args:
+        input_ids: prompt and continuation, right-padded, (R, S) int64.
+        attention_mask: (R, S) int64.
+        labels: the last tokens of each row, at least one, IGNORE_INDEX elsewhere; (R, S) int64.
+        expert: id of each row's own expert, (R,) int64.
+    """
+    sizes, lengths = (labels != IGNORE_INDEX).sum(1).tolist(), attention_mask.sum(1).tolist()
+    owners = [-1] * len(sizes) if expert is None else expert.tolist()
+    prompts: dict[tuple[int, tuple[int, ...]], int] = {}
+    of_row, continuations = [], []
+    for ids, length, size, owner in zip(input_ids.tolist(), lengths, sizes, owners, strict=True):
+        of_row.append(prompts.setdefault((owner, tuple(ids[: length - size])), len(prompts)))
+        continuations.append(torch.tensor(ids[length - size : length]))
+    texts = [torch.tensor(ids, dtype=torch.int64) for _, ids in prompts]
+    device, pad = input_ids.device, torch.nn.utils.rnn.pad_sequence
+
+    def ones(rows: list[Tensor]) -> list[Tensor]:
+        return [torch.ones_like(row) for row in rows]
+
+    return SharedPrompts(
+        input_ids=pad(texts, True, padding_side="left").to(device),
+        attention_mask=pad(ones(texts), True, padding_side="left").to(device),
+        expert=None if expert is None else torch.tensor([owner for owner, _ in prompts], device=device),
+        of_row=torch.tensor(of_row, device=device),
+        continuations=pad(continuations, True).to(device),
+        mask=pad(ones(continuations), True).bool().to(device),
+    )
+
+
+@torch.no_grad()
+def shared_log_likelihoods(network: GatedNetwork, batch: SharedPrompts) -> Tensor:
+    """What `log_likelihoods` computes, but each different prompt is read once and not once for every continuation.
+
+    The continuations go on from the prompts' keys and values, as generation does; exact but for rounding.
+
+    Args:
+        network: causal, in evaluation mode.
+        batch: see `share_prompts`.
+
+    Returns:
+        (R,) float64 in nats.
+    """
+    first = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
+    first[:, -1] = True
+    logits, cache = _forward(network, batch.input_ids, batch.attention_mask, first, batch.expert)
+    sums = -token_cross_entropy(logits[batch.of_row], batch.continuations[:, 0]).double()
+    read = batch.mask[:, 1:]  # every token but the last is read, every one but the first predicted from it
+    if not read.any():
+        return sums
+    cache.batch_select_indices(batch.of_row)
+    expert = None if batch.expert is None else batch.expert[batch.of_row]
+    attention_mask = torch.cat([batch.attention_mask[batch.of_row], read.long()], dim=1)
+    logits, _ = _forward(network, batch.continuations[:, :-1], attention_mask, read, expert, cache)
+    losses = token_cross_entropy(logits, batch.continuations[:, 1:][read]).double()
+    return sums.index_add(0, read.nonzero()[:, 0], -losses)
+
+
+def _forward(
+    network: GatedNetwork,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    kept: Tensor,
+    expert: Tensor | None,
+    cache: Any = None,
+) -> tuple[Tensor, Any]:
+    """Logits at the kept positions, (N, V), and the cache that now holds these tokens too."""
+    length = input_ids.shape[1]
+    network.context.replace(expert, {"decoder": attention_mask[:, -length:].bool()})
+    positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -length:]
+    inputs = {"position_ids": positions} if takes_position_ids(network.backbone) else {}
+    with only_positions(network.backbone.get_output_embeddings(), kept):
+        output = network.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **inputs
+        )
+    return output.logits, output.past_key_values
+
+
+def best_choice(scores: Sequence[float]) -> int:
+    """The position of the largest score, the first of equal ones.
+
+    Example:
+        >>> best_choice([-3.0, -1.0, -1.0])
+        1
+    """
+    return max(range(len(scores)), key=lambda position: (scores[position], -position))
+
+
+def best_choice_by_bytes(scores: Sequence[float], choices: Sequence[str]) -> int:
+    """The position of the largest score a byte: long choices are not held against themselves.
+
+    Args:
+        scores: log-likelihood of each choice, in nats.
+        choices: their texts, without the space before them; one has at least one byte.
+
+    Example:
+        >>> best_choice_by_bytes([-3.0, -4.0], ["no", "perhaps"])
+        1
+    """
+    return best_choice([score / max(len(text.encode()), 1) for score, text in zip(scores, choices, strict=True)])

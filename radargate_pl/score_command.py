@@ -1,0 +1,203 @@
+"""``radargate score``: judge and score a file of predictions, without a model (layer 6; imports nothing heavy)."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from radargate_pl.atomic_files import write_text
+from radargate_pl.benchmarks import BENCHMARKS, Benchmark, natural_instruction
+from radargate_pl.predictions import Mistakes, Prediction, read_predictions, with_references
+from radargate_pl.scoring import Judgement, Reference, Row, chance_level, judge, majority_level, measure
+
+FORMAT_VERSION = 1
+_DESCRIPTION = """Judge what a model wrote and score the task. No model is loaded.
+
+PREDICTIONS.jsonl holds a JSON object a line: id, output, answer (or targets, a list of accepted answers), and
+choices where the task's options differ from question to question. The predictions.jsonl of radargate test is one.
+SCORES.jsonl gets id, extracted and correct of every line, and value where a sentence has a score of its own.
+A summary is printed as JSON: metrics with 95 % intervals, majority and chance level, share of answers found.
+"""
+
+
+class Judged(NamedTuple):
+    """One judged prediction.
+
+    Attributes:
+        prediction: the line of the file.
+        choices: the options it was judged with; empty for an open answer.
+        judgement: what was found, and whether it is right.
+        row: what the scores of the task read.
+    """
+
+    prediction: Prediction
+    choices: tuple[str, ...]
+    judgement: Judgement
+    row: Row
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        words: those after ``radargate score``.
+
+    Returns:
+        0; bad input is raised.
+
+    Raises:
+        ValueError: if a file or the task is not as it should be.
+    """
+    options = _parser().parse_args(words)
+    if options.output.exists() and not options.overwrite:
+        raise ValueError(
+            f"Expected --output to name a new file, but {options.output} exists; name another or add --overwrite true."
+        )
+    benchmark = find_benchmark(options.task, options.category)
+    predictions = read_predictions(options.predictions, with_output=True)
+    if options.references is None:
+        lines = list(predictions.values())
+    else:
+        references = read_predictions(options.references, with_output=False)
+        lines = with_references(predictions, references, (options.predictions, options.references))
+    judged = judge_all(benchmark, lines, options.predictions)
+    summary = summarise(benchmark, judged)
+    write_text(options.output, "".join(json.dumps(_score_line(one), ensure_ascii=False) + "\n" for one in judged))
+    print(json.dumps(summary, indent=2, ensure_ascii=False))
+    return 0
+
+
+def find_benchmark(task: str, category: str | None = None) -> Benchmark:
+    """Find the declaration of a task.
+
+    Args:
+        task: its name.
+        category: folder of a natural-instructions task, which says how it is scored; such a task has any name.
+
+    Raises:
+        ValueError: if there is no such task; the message has the nearest names.
+    """
+    if category is not None:
+        return natural_instruction(task, category)
+    if task in BENCHMARKS:
+        return BENCHMARKS[task]
+    near = get_close_matches(task.lower().replace("-", "_"), BENCHMARKS, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}" if near else f"one of {', '.join(BENCHMARKS)}"
+    raise ValueError(
+        f"Expected --task to be a known task, but got {task!r}; {hint}? "
+        "A natural-instructions task takes its --category too (language, mathematics, reasoning, translation)."
+    )
+
+
+def judge_all(benchmark: Benchmark, predictions: Sequence[Prediction], path: Path) -> list[Judged]:
+    """Judge every prediction of a task.
+
+    Args:
+        benchmark: the task.
+        predictions: its predictions.
+        path: their file, for messages.
+
+    Raises:
+        ValueError: if predictions are of another task or cannot be judged (no answer, an answer outside the choices,
+            not a number), all of them named.
+    """
+    mistakes = Mistakes(f"every line of {path} to fit the task {benchmark.name}")
+    judged = []
+    for prediction in predictions:
+        try:
+            judged.append(_judge(benchmark, prediction))
+        except ValueError as error:
+            reason = str(error) if not benchmark.is_private else "cannot be judged (its authors ask not to show texts)"
+            mistakes.add(prediction.where, reason)
+    mistakes.raise_if_any()
+    return judged
+
+
+def summarise(benchmark: Benchmark, judged: Sequence[Judged]) -> dict[str, Any]:
+    """The scores of a task.
+
+    Args:
+        benchmark: the task.
+        judged: every example once, at least one.
+
+    Returns:
+        What the command prints. ``majority`` is the share of the most frequent label, null where labels differ from
+        question to question; ``chance`` is the mean of 1 / number of choices, null for open answers.
+    """
+    rows = [one.row for one in judged]
+    labels = benchmark.labels
+    metrics = {name: measure(name, rows, labels) for name in benchmark.metrics}
+    return {
+        "format_version": FORMAT_VERSION,
+        "task": benchmark.name,
+        "group": benchmark.group,
+        "version": benchmark.version,
+        "n": len(rows),
+        "metrics": {
+            name: {"value": found.value, "low": found.low, "high": found.high} for name, found in metrics.items()
+        },
+        "majority": majority_level([row.answer for row in rows]) if labels else None,
+        "chance": chance_level([len(one.choices) for one in judged]) if all(one.choices for one in judged) else None,
+        "extracted_share": sum(row.extracted is not None for row in rows) / len(rows),
+    }
+
+
+def _judge(benchmark: Benchmark, prediction: Prediction) -> Judged:
+    if prediction.task is not None and prediction.task != benchmark.name:
+        raise ValueError(f"its task is {prediction.task}, but --task is {benchmark.name}")
+    if not prediction.answers:
+        raise ValueError("no answer (nor target, nor targets); add it, or name a file that has it as --references")
+    assert prediction.output is not None
+    choices: tuple[str, ...] = ()
+    if benchmark.answer_format == "choice":
+        choices = prediction.choices or _labels(benchmark, prediction.answers)
+        if not choices:
+            raise ValueError(f"no choices; the options of {benchmark.name} differ from question to question")
+    judgement = judge(benchmark.answer_format, prediction.output, Reference(prediction.answers, choices))
+    answer, extracted = prediction.answers[0], judgement.extracted
+    if choices:
+        # The reference as the option it names, and both as the task's own label where the data call it otherwise.
+        named = judge("choice", answer, Reference((answer,), choices)).extracted or answer
+        answer, extracted = _label(benchmark, named), None if extracted is None else _label(benchmark, extracted)
+    row = Row(judgement.correct, extracted, answer, prediction.output, judgement.value)
+    return Judged(prediction, choices, judgement, row)
+
+
+def _labels(benchmark: Benchmark, answers: Sequence[str]) -> tuple[str, ...]:
+    """The options of a line that has none of its own: the task's labels, or what the data call them."""
+    return benchmark.names if benchmark.names and answers[0] in benchmark.names else benchmark.labels
+
+
+def _label(benchmark: Benchmark, choice: str) -> str:
+    return benchmark.labels[benchmark.names.index(choice)] if choice in benchmark.names else choice
+
+
+def _score_line(judged: Judged) -> dict[str, Any]:
+    found = judged.judgement
+    line: dict[str, Any] = {"id": judged.prediction.id, "extracted": found.extracted, "correct": found.correct}
+    return line if found.value is None else {**line, "value": found.value}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="radargate score", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("predictions", type=Path, metavar="PREDICTIONS.jsonl", help="what the model wrote")
+    parser.add_argument("--task", required=True, help="name of the task, e.g. sst2, gsm8k, wmt14_en_de, cot_aqua")
+    parser.add_argument("--output", required=True, type=Path, metavar="SCORES.jsonl", help="the file to write")
+    parser.add_argument(
+        "--references", type=Path, metavar="FILE", help="the task's examples: ids must agree, answers come from here"
+    )
+    parser.add_argument("--category", help="of a natural-instructions task; says how it is scored")
+    parser.add_argument(
+        "--overwrite", type=_truth, nargs="?", const=True, default=False, metavar="true", help="replace the output"
+    )
+    return parser
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
+    return word.lower() == "true"

@@ -1,0 +1,185 @@
+"""The option that a text chooses: by letter, by its text, in the statement of an answer or anywhere."""
+
+import re
+from collections.abc import Sequence
+
+from radargate_pl.scoring.options import Mention, Options, clean, mentions, negation, read_options, tokens
+from radargate_pl.scoring.plain_text import STATEMENT, before_next_question
+
+_REASON = r"(?=\s+(?:because|since|as|for|which|and\s+so|due)\b)"
+_LIST = r"(?!\s*(?:,|/|\bor\b|\band\b)\s*(?:\bor\b\s*|\band\b\s*)?\(?[A-Z]\b\)?)"  # "A or B" chooses nothing
+_QUOTE = r"[\"'$\s]*"
+# A letter where the answer is due: "(b)", "B", "B." or "B)", a bare small letter only at the end of its line.
+_STATED_LETTER = re.compile(
+    rf"{_QUOTE}(?:(?i:option|choice|letter|answer)\s+)?"
+    rf"(?:\((?P<bracketed>[A-Za-z])\){_LIST}|(?P<bare>[A-Z])(?:{_REASON}|(?=[\"'$\s]*(?:[.,;:)\n]|$))){_LIST}"
+    rf"|(?P<small>[a-z])(?=[.)\"'\s]*(?:\n|$)))"
+)
+# "(B) the moon" answers, "(B) is too hot" and "(A), (B) ..." go on to say something.
+_GOES_ON = r"(?!\s*(?:[,/?]|(?i:is|are|was|were|and|or|can|cannot|could|would|should|seems|looks|does|do|has|have)\b))"
+_LETTER_FIRST = re.compile(rf"(?:\((?P<bracketed>[A-Za-z])\)|(?P<bare>[A-Z])[.)](?=\s|$)){_GOES_ON}\s*")
+_LETTER_COLON = re.compile(r"\(?(?P<letter>[A-Z])\)?\s*:\s*(?P<text>.*)")
+_NAMED_LETTER = re.compile(r"\((?P<bracketed>[A-Z])\)|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+\(?(?P<bare>[A-Z])\b\)?")
+_SEVERAL = re.compile(
+    r"\(?\b[A-Z]\b\)?(?:\s*(?:,|/|\bor\b|\band\b)\s*(?:or\s+|and\s+)?(?:option\s+|choice\s+)?\(?\b[A-Z]\b\)?)+"
+)
+_CORRECT = re.compile(r"[\"')\s]*\s(?:is|would\s+be)\s+(?:the\s+|a\s+)?(?:only\s+|most\s+)?(?:correct|right|best)\b")
+_LETTER_CORRECT = re.compile(r"(?:^|(?<=[\s\"']))\(?(?P<bare>[A-Z])\)?" + _CORRECT.pattern)
+
+
+def find_choice(output: str, choices: Sequence[str]) -> int | None:
+    """Find which option a text chooses.
+
+    The first rule that finds one decides:
+
+    1. the text is an option, word for word;
+    2. its first line is a letter (``B``, ``(B)``, ``B.``, ``b``), a letter and a text, or an option's text;
+    3. the last statement of an answer ("the answer is (B)", "Answer: the moon", "(B) is correct");
+    4. the text begins with an option, set off from what follows ("No, because ...");
+    5. the option mentioned last, by its text or as ``(B)`` or ``option B``.
+
+    Options' texts count as whole words only, the longest at each place, and the other way round when negated (see
+    ``mentions``). Where letter and text disagree, as in ``B) <text of A>``, the letter counts: it is what was asked
+    for. "A or B" chooses nothing. A question that the model made up afterwards is not read.
+
+    Args:
+        output: a generated text.
+        choices: the options in order: plain texts, or with letters of their own (``(A) 20``, ``Sentence A: ...``).
+
+    Returns:
+        Position of the option, or None.
+
+    Example:
+        >>> find_choice("The answer is (B).", ["the sun", "the moon"])
+        1
+        >>> find_choice("It is unacceptable.", ["unacceptable", "acceptable"])
+        0
+    """
+    for index, choice in enumerate(choices):
+        if choice.strip() == output.strip():
+            return index
+    text = clean(before_next_question(output))
+    if not text:
+        return None
+    options = read_options(choices)
+    named = mentions(text, options)
+    for rule in (_first_line, _stated, _leading, _last):
+        found = rule(text, options, named)
+        if found is not None:
+            return found
+    return None
+
+
+def choice_of(answer: str, choices: Sequence[str]) -> int:
+    """The option a reference answer names: by its text, or by its letter or label.
+
+    Args:
+        answer: e.g. ``the moon``, ``(B)``, ``B`` or ``Sentence B``.
+        choices: the options in order.
+
+    Returns:
+        Position of the option.
+
+    Raises:
+        ValueError: if it names none.
+    """
+    for index, choice in enumerate(choices):
+        if choice.strip() == answer.strip():
+            return index
+    options = read_options(choices)
+    words = tuple(token.text for token in tokens(clean(answer)))
+    for names in (options.phrases, options.labels, tuple((letter.casefold(),) for letter in options.letters)):
+        if words and words in names:
+            return names.index(words)
+    shown = ", ".join(repr(choice if len(choice) <= 40 else choice[:37] + "...") for choice in choices)
+    raise ValueError(f"Expected the answer to be one of the choices ({shown}), but got {answer!r}.")
+
+
+def _first_line(text: str, options: Options, named: Sequence[Mention]) -> int | None:
+    line, _, _ = text.partition("\n")
+    stated = STATEMENT.match(line)
+    start = stated.end() if stated and stated.end() < len(line) else 0
+    content = line[start:].strip().strip("\"'$ ")
+    letter = re.fullmatch(r"\(?([A-Za-z])[.):,]*", content)
+    if letter:
+        return options.by_letter(letter[1])
+    words = [token for token in tokens(line) if token.start >= start]
+    if words:
+        for mention in named:
+            if (mention.start, mention.end) == (words[0].start, words[-1].end):
+                return mention.option
+    labelled = _LETTER_FIRST.match(content)
+    if labelled:
+        return options.by_letter(labelled["bracketed"] or labelled["bare"])
+    return _behind_colon(content, options)
+
+
+def _behind_colon(content: str, options: Options) -> int | None:
+    """``B: the moon``; the ``A:`` of question and answer is no letter unless the option's own text follows."""
+    found = _LETTER_COLON.fullmatch(content)
+    if not found:
+        return None
+    texts = mentions(found["text"], options)
+    chosen = options.by_letter(found["letter"])
+    if found["letter"] == "A" and texts:
+        return texts[0].option
+    return chosen
+
+
+def _stated(text: str, options: Options, named: Sequence[Mention]) -> int | None:
+    places = [(found.end(), found) for found in STATEMENT.finditer(text)]
+    for start, _ in reversed(places):
+        chosen = _at_statement(text, start, options, named)
+        if chosen is not None:
+            return chosen
+    return _called_correct(text, options, named)
+
+
+def _at_statement(text: str, start: int, options: Options, named: Sequence[Mention]) -> int | None:
+    letter = _STATED_LETTER.match(text, start)
+    if letter:
+        chosen = options.by_letter(letter["bracketed"] or letter["bare"] or letter["small"])
+        if chosen is not None:
+            return chosen
+    line_end = text.find("\n", start)
+    line_end = len(text) if line_end < 0 else line_end
+    return next((mention.option for mention in named if start <= mention.start < line_end), None)
+
+
+def _called_correct(text: str, options: Options, named: Sequence[Mention]) -> int | None:
+    found = [(mention.start, mention.option) for mention in named if _CORRECT.match(text, mention.end)]
+    for letter in _LETTER_CORRECT.finditer(text):
+        option = options.by_letter(letter["bare"])
+        if option is not None:
+            found.append((letter.start(), option))
+    return max(found)[1] if found else None
+
+
+def _leading(text: str, options: Options, named: Sequence[Mention]) -> int | None:
+    letter = _LETTER_FIRST.match(text)
+    if letter:
+        return options.by_letter(letter["bracketed"] or letter["bare"])
+    words = tokens(text)
+    first = named[0] if named and words and named[0].start == words[0].start else None
+    is_set_off = first is not None and re.match(rf"[\"')]*(?:[.,;:!?\n]|$)|{_REASON}", text[first.end :])
+    return first.option if first and is_set_off else None
+
+
+def _last(text: str, options: Options, named: Sequence[Mention]) -> int | None:
+    words = tokens(text)
+    several = [range(*letters.span()) for letters in _SEVERAL.finditer(text)]
+    found = []
+    behind_letter = set()  # "(D) 12": the letter counts, whichever option has that text
+    for letter in _NAMED_LETTER.finditer(text):
+        if any(mention.start <= letter.start() < mention.end for mention in named):
+            continue  # "carbon (C)" is an option's text
+        if any(letter.end() - 1 in letters for letters in several):
+            continue
+        option = options.by_letter(letter["bracketed"] or letter["bare"])
+        negator = negation(text, [word for word in words if word.end <= letter.start()], letter.start())
+        if option is None or (negator and len(options.letters) != 2):
+            continue
+        found.append((letter.start(), 1 - option if negator else option))
+        behind_letter |= {mention for mention in named if text[letter.end() : mention.start].isspace()}
+    found += [(mention.start, mention.option) for mention in named if mention not in behind_letter]
+    return max(found)[1] if found else None

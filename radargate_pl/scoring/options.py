@@ -1,0 +1,202 @@
+"""The options of a multiple-choice question, and where a text mentions them."""
+
+import functools
+import re
+import string
+import sys
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from radargate_pl.scoring.plain_text import plain
+
+_LABELLED = re.compile(
+    r"\(?(?P<label>(?:(?:sentence|option|choice|statement|answer)\s+)?(?P<letter>[A-Za-z]))\s*[).:]\s*(?P<text>.+)",
+    re.DOTALL | re.IGNORECASE,
+)
+_NEGATORS = frozenset({"not", "never", "neither", "nor", "cannot", "non", "no"})
+_NEGATOR_REACH = 3  # words: "not at all acceptable"
+
+
+class Token(NamedTuple):
+    """A word, number or sign of a text.
+
+    Attributes:
+        text: the word, case folded.
+        start: where it starts in the cleaned text.
+        end: where it ends there.
+    """
+
+    text: str
+    start: int
+    end: int
+
+
+class Options(NamedTuple):
+    """How the options of a question may be named.
+
+    Attributes:
+        letters: a capital letter an option, in order.
+        labels: what names an option in full, as words: ``("sentence", "a")``, or nothing.
+        phrases: the words of each option's text; nothing for a text that is a single letter.
+        symbols: the capital of a text that is a single letter ("O" for oxygen); empty for others.
+    """
+
+    letters: tuple[str, ...]
+    labels: tuple[tuple[str, ...], ...]
+    phrases: tuple[tuple[str, ...], ...]
+    symbols: tuple[str, ...]
+
+    def by_letter(self, letter: str) -> int | None:
+        """The option with this letter, or else the one that is this letter.
+
+        Args:
+            letter: in either case.
+        """
+        for names in (self.letters, self.symbols):
+            if letter.upper() in names:
+                return names.index(letter.upper())
+        return None
+
+
+class Mention(NamedTuple):
+    """A place where a text names an option.
+
+    Attributes:
+        option: position of the option.
+        start: where it starts in the cleaned text.
+        end: where it ends there.
+    """
+
+    option: int
+    start: int
+    end: int
+
+
+def clean(text: str) -> str:
+    r"""A text with marks of Markdown and LaTeX around answers taken off and negations written out.
+
+    Args:
+        text: an output or an option.
+
+    Example:
+        >>> clean("**isn't** \\boxed{\\text{B}}")
+        'is not B'
+    """
+    text = unicodedata.normalize("NFKC", plain(text))
+    text = re.sub(r"\\(?:boxed|text|textbf|mathrm|fbox)\s*(?=\{)|\\[()\[\]]|[*`{}]", "", text)
+    return re.sub(r"n't\b", " not", text, flags=re.IGNORECASE).strip()
+
+
+def tokens(text: str) -> list[Token]:
+    """The words, numbers and signs of a cleaned text; ``not_a`` and ``not-a`` are two words.
+
+    Args:
+        text: as ``clean`` gives it.
+    """
+    found = _token().finditer(text)
+    return [Token(_thousands(token[0]).casefold(), token.start(), token.end()) for token in found]
+
+
+def read_options(choices: Sequence[str]) -> Options:
+    """Read letters and texts off the options: ``(B) the moon``, ``Sentence A: ...``, or plain texts, lettered from A.
+
+    Args:
+        choices: the options in order, at most 26.
+
+    Raises:
+        ValueError: if there are more options than letters.
+    """
+    if len(choices) > len(string.ascii_uppercase):
+        raise ValueError(f"Expected at most 26 choices, but got {len(choices)}; answer such tasks by text.")
+    texts = [clean(choice) for choice in choices]
+    labelled = [found for text in texts if (found := _LABELLED.fullmatch(text))]
+    letters = tuple(found["letter"].upper() for found in labelled)
+    labels: tuple[tuple[str, ...], ...] = ((),) * len(choices)
+    has_own_letters = len(set(letters)) == len(choices)
+    if has_own_letters:
+        names = [_words(found["label"]) for found in labelled]
+        labels = tuple(name if len(name) > 1 else () for name in names)
+        texts = [found["text"] for found in labelled]
+    symbols = tuple(_symbol(text) for text in texts)
+    if not has_own_letters:  # options that are letters and nothing else say which; others count from A
+        letters = symbols if all(symbols) else tuple(string.ascii_uppercase[: len(choices)])
+    phrases = tuple(() if symbol else _words(text) for text, symbol in zip(texts, symbols, strict=True))
+    return Options(letters, labels, phrases, symbols)
+
+
+def mentions(text: str, options: Options) -> list[Mention]:
+    """Where the options' texts and labels stand as whole words, the longest at each place, in order.
+
+    A mention that is negated ("not acceptable", "isn't a duplicate") names the other one of two options, and none of
+    three or more.
+
+    Args:
+        text: as ``clean`` gives it.
+        options: the options.
+    """
+    words = tokens(text)
+    phrases = [(phrase, index) for index, phrase in enumerate(options.phrases) if phrase]
+    phrases += [(label, index) for index, label in enumerate(options.labels) if label]
+    found: list[Mention] = []
+    position = 0
+    phrases.sort(key=lambda entry: -len(entry[0]))  # stable: of two equal options the first
+    while position < len(words):
+        match = next((entry for entry in phrases if _stands_at(entry[0], words, position)), None)
+        if match is None:
+            position += 1
+            continue
+        phrase, option = match
+        end = position + len(phrase)
+        negator = negation(text, words[:position], words[position].start)
+        if negator is None:
+            found.append(Mention(option, words[position].start, words[end - 1].end))
+        elif len(options.letters) == 2:
+            found.append(Mention(1 - option, negator.start, words[end - 1].end))
+        position = end
+    return found
+
+
+def negation(text: str, before: Sequence[Token], start: int) -> Token | None:
+    """The word just before a place that takes it back, within the same clause: ``not`` in "not a duplicate".
+
+    Args:
+        text: as ``clean`` gives it.
+        before: the words before the place.
+        start: the place.
+    """
+    near = before[-_NEGATOR_REACH:]
+    for index, word in enumerate(near):
+        if word.text in _NEGATORS and not re.search(r"[.,;:!?\n]", text[word.end : start]):
+            return None if {"only", "just"} & {later.text for later in near[index + 1 :]} else word
+    return None
+
+
+def _symbol(text: str) -> str:
+    found = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", text)
+    return found[1].upper() if found else ""
+
+
+def _stands_at(phrase: tuple[str, ...], words: Sequence[Token], position: int) -> bool:
+    if words[position].text != phrase[0] or position + len(phrase) > len(words):
+        return False
+    return all(words[position + offset].text == word for offset, word in enumerate(phrase))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(token.text for token in tokens(text))
+
+
+def _thousands(word: str) -> str:
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", word)
+
+
+@functools.cache
+def _token() -> re.Pattern[str]:
+    r"""Words with their combining marks, which ``\w`` leaves out, each sign of a script without blanks, numbers."""
+    marks = "".join(
+        re.escape(chr(code)) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M"
+    )
+    unspaced = "\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    number = r"(?:(?<![\w)])[-+])?\d+(?:[.,:]\d+)*"
+    return re.compile(rf"{number}|[{unspaced}]|[^\W\d_{unspaced}](?:[^\W_{unspaced}]|[{marks}])*|[%<>=+/^]")

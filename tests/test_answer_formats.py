@@ -1,0 +1,348 @@
+"""Hand-made outputs of every answer format: what is found in them, and whether it is right."""
+
+from __future__ import annotations
+
+import pytest
+import sacrebleu
+
+from radargate_pl.scoring import CHRF_THRESHOLD, Reference, judge
+from radargate_pl.scoring.choices import choice_of
+from radargate_pl.scoring.numbers import number_of
+from radargate_pl.scoring.options import read_options
+
+# ---- choice ----
+
+MOON = ("the sun", "the moon", "Paris", "London Bridge")
+YES_NO = ("yes", "no")
+ESNLI = ("yes", "it is not possible to tell", "no")
+RTE = ("entailment", "not_entailment")
+COLA = ("unacceptable", "acceptable")
+QQP = ("not_duplicate", "duplicate")
+MNLI = ("True", "Neither", "False")
+AQUA = ("(A) 20", "(B) 26", "(C) 24", "(D) 22", "(E) 26.5")
+LETTERS = ("(A)", "(B)", "(C)", "(D)")
+SENTENCES = ('Sentence A: "He spent it all, so none was left"', 'Sentence B: "He spent it all, so much was left"')
+ARABIC = ("نعم", "لا")
+
+CHOICES = [
+    # a letter in any common form
+    ("B", MOON, 1),
+    ("(B)", MOON, 1),
+    ("B.", MOON, 1),
+    ("b", MOON, 1),
+    ("a) the sun", MOON, 0),
+    ("Answer: B", MOON, 1),
+    ("the answer is (B)", MOON, 1),
+    ("The answer is:\nB", MOON, 1),
+    ("The answer is B because it glows at night", MOON, 1),
+    ("The correct option is C", MOON, 2),
+    ("B is the correct answer. A is not.", MOON, 1),
+    ("(B) is correct; (A) is too hot.", MOON, 1),
+    ("I would choose option C", MOON, 2),
+    ("**B**", MOON, 1),
+    (r"$\boxed{\text{B}}$", MOON, 1),
+    ("\uff22", MOON, 1),  # full width
+    ("\u200f(B)\u200e", MOON, 1),  # between right-to-left and left-to-right marks
+    # letters that are words
+    ("A man walks by.", MOON, None),
+    ("Answer: a dog", MOON, None),
+    ("Z", MOON, None),
+    # an option's text
+    ("the moon", MOON, 1),
+    ("The  MOON.", MOON, 1),
+    ("It is Paris, of course", MOON, 2),
+    ("Not the sun. It must be London Bridge", MOON, 3),
+    ("Paris is the best answer, the moon is far", MOON, 2),
+    ("36 - 10 = 26", AQUA, 1),
+    ("26.5", AQUA, 4),  # not the 26 in it
+    ("1,000", ("100", "1000"), 1),
+    ("\u22125", ("5", "-5"), 1),  # a minus sign proper
+    ("NO\u2082 (B) or so", ("CO\u2082", "NO\u2082"), 1),
+    ("carbon (C)", ("sodium (Na)", "lithium (Li)", "sulfur (S)", "carbon (C)"), 3),
+    # letter against text: the letter was asked for
+    ("B) Paris", MOON, 1),
+    ("B. the moon", MOON, 1),
+    ("So: (D) 26", ("(A) 26", "(B) 27", "(C) 18", "(D) 26"), 3),
+    # several options: the last statement, else the last mention
+    ("Both (A) and (C) fail. The answer is (D).", MOON, 3),
+    ("22 + 4 = 26, so the answer is (B).", AQUA, 1),
+    ("The answer is not (B). It must be (C).", MOON, 2),
+    ("First the sun, then the moon", MOON, 1),
+    ("A or B", MOON, None),
+    ("The answer is A or B", MOON, None),
+    ("The answer is (A) or (B)", MOON, None),
+    ("The answer is (A), (B) and (C)", MOON, None),
+    ("Either (A) or (B), no: (C)", MOON, 2),
+    ("B is correct, some say; but D is correct.", MOON, 3),
+    ("(A)? (B)? (C)?", MOON, 2),
+    ("(A) is too hot and (D) is too far, so (B)", MOON, 1),
+    ("It is New York City, I think", ("New York", "New York City"), 1),
+    # yes and no inside longer text
+    ("No, because there is a yes in it.", YES_NO, 1),
+    ("I see no reason to doubt it. Therefore the answer is yes.", YES_NO, 0),
+    ("Yesterday nobody noted it.", YES_NO, None),
+    ("It is not possible to tell.", ESNLI, 1),
+    ("The answer is no.", ESNLI, 2),
+    ("A: no", YES_NO, 1),
+    ("yes\nQuestion: Is it?\nAnswer: no", YES_NO, 0),  # the model went on by itself
+    # negations
+    ("not acceptable", COLA, 0),
+    ("This isn't a grammatically acceptable sentence.", COLA, 0),
+    ("It is unacceptable.", COLA, 0),
+    ("not unacceptable", COLA, 1),
+    ("acceptable", COLA, 1),
+    ("not entailment", RTE, 1),
+    ("not-entailment", RTE, 1),
+    ("entailment", RTE, 0),
+    ("The first does not show entailment", RTE, 1),
+    ("They are not a duplicate", QQP, 0),
+    ("not only acceptable but fine", COLA, 1),
+    ("neither true nor false", MNLI, 1),
+    # options with letters of their own
+    ("(B)", AQUA, 1),
+    ("B. 26", AQUA, 1),
+    ("The answer is (D).", LETTERS, 3),
+    ("Sentence B", SENTENCES, 1),
+    ("sentence a makes no sense", SENTENCES, 0),
+    # other scripts
+    ("الجواب هو نعم", ARABIC, 0),
+    ("لا", ARABIC, 1),
+    ("\u7b54\u6848\u662f\u5317\u4eac", ("\u4e0a\u6d77", "\u5317\u4eac"), 1),
+    ("Да.", ("нет", "да"), 1),
+    # nothing
+    ("", MOON, None),
+    (" \n", YES_NO, None),
+    ("I do not know", YES_NO, None),
+]
+
+
+@pytest.mark.parametrize(("output", "choices", "expected"), CHOICES)
+def test_choices(output, choices, expected):
+    answer = choices[0] if expected is None else choices[expected]
+    found = judge("choice", output, Reference((answer,), choices))
+    assert found.extracted == (None if expected is None else choices[expected])
+    assert found.correct == (expected is not None)
+    assert found.value is None
+
+
+def test_every_option_is_found_word_for_word():
+    for choices in (
+        MOON,
+        YES_NO,
+        ESNLI,
+        RTE,
+        COLA,
+        QQP,
+        MNLI,
+        AQUA,
+        LETTERS,
+        SENTENCES,
+        ARABIC,
+        ("B", "A"),
+        ("<", ">"),
+    ):
+        for choice in choices:
+            assert judge("choice", choice, Reference((choice,), choices)).correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "expected"),
+    [
+        ("(B)", AQUA, 1),
+        ("B", MOON, 1),
+        ("The moon", MOON, 1),
+        ("Sentence B", SENTENCES, 1),
+        ("(A)", ("(A) S", "(B) Y"), 0),
+        ("A", ("B", "A"), 1),
+    ],
+)
+def test_a_reference_names_its_option(answer, choices, expected):
+    assert choice_of(answer, choices) == expected
+
+
+@pytest.mark.parametrize(("answer", "choices"), [("maybe", YES_NO), ("(F)", AQUA), ("", MOON)])
+def test_an_answer_outside_the_choices(answer, choices):
+    with pytest.raises(ValueError, match="Expected the answer to be one of the choices"):
+        judge("choice", "yes", Reference((answer,), choices))
+
+
+def test_choices_that_are_none():
+    with pytest.raises(ValueError, match="at least two options"):
+        judge("choice", "yes", Reference(("yes",), ("yes",)))
+    with pytest.raises(ValueError, match="at most 26 choices"):
+        read_options([str(number) for number in range(27)])
+
+
+# ---- number ----
+
+NUMBERS = [
+    ("3 + 4 = 7 eggs.\n#### 7", "7", "7"),
+    ("#### 7\nThat is 7 of 12", "7", "7"),  # the marked one, not the last
+    ("#### Step 1\nWe add.\n#### $1,234", "1234", "1234"),  # a heading is no mark
+    ("The total is 1,234,567.", "1234567", "1234567"),
+    ("Rs. 1,00,000", "100000", "100000"),
+    ("1\u202f234 km", "1234", "1234"),  # thin space
+    ("It costs $1,250.00.", "1250", "1250.00"),
+    ("\u20ac 18", "18", "18"),
+    ("he loses -$5", "-5", "-5"),
+    ("$-5", "-5", "-5"),
+    ("\u22125 degrees", "-5", "-5"),  # a minus sign proper
+    ("8-3", "3", "3"),  # takes away
+    ("8 - 3 = 5", "5", "5"),
+    ("3/4 of it", "0.75", "3/4"),
+    (r"\frac{3}{4}", "0.75", "3/4"),
+    ("\u00be", "0.75", "3/4"),
+    ("1\u00bd cups", "1.5", "3/2"),
+    ("2 1/2 hours", "2.5", "5/2"),
+    ("3.0", "3", "3.0"),
+    (".5", "0.5", "0.5"),
+    ("It is 18.", "18", "18"),
+    ("he waits ...18", "18", "18"),
+    ("50%", "50", "50"),
+    (r"50\% of them", "50", "50"),
+    ("12 and 5 make 17", "17", "17"),
+    ("18kg", "18", "18"),
+    ("an area of 5 m^2", "5", "5"),
+    ("H2O is 18", "18", "18"),
+    ("CO2", "2", None),
+    ("**42**", "42", "42"),
+    (r"\boxed{42}", "42", "42"),
+    ("1.5e3", "1500", "1.5e3"),
+    ("\u0661\u0662\u0663", "123", "123"),  # Arabic digits
+    ("\u200fالجواب هو 42\u200f", "42", "42"),  # noqa: RUF001
+    ("18 dollars\nQuestion: How many are 3 and 4?", "18", "18"),
+    ("", "7", None),
+    ("I do not know.", "7", None),
+    ("seven", "7", None),
+]
+
+
+@pytest.mark.parametrize(("output", "answer", "expected"), NUMBERS)
+def test_numbers(output, answer, expected):
+    found = judge("number", output, Reference((answer,)))
+    assert found == (expected, expected is not None, None)
+
+
+@pytest.mark.parametrize(
+    ("output", "answer"),
+    [("-5", "5"), ("1.234", "1234"), ("0.33", "1/3"), ("12", "1"), ("1,23", "123"), ("7 of 12", "7")],
+)
+def test_other_numbers_are_wrong(output, answer):
+    assert not judge("number", output, Reference((answer,))).correct
+
+
+def test_any_accepted_number_counts():
+    assert judge("number", "43.0", Reference(("42", "43"))).correct
+
+
+@pytest.mark.parametrize("answer", ["seven", "", "3 and 4"])
+def test_a_reference_that_is_no_number(answer):
+    assert number_of(answer) is None
+    with pytest.raises(ValueError, match="Expected the answer to be a number"):
+        judge("number", "7", Reference((answer,)))
+
+
+# ---- translation ----
+
+GERMAN = "Wahrscheinlich werden wir bald verstehen, warum das so ist."
+TRANSLATIONS = [
+    (GERMAN, GERMAN),
+    (f"  {GERMAN}\n", GERMAN),
+    ("Wahrscheinlich verstehen wir bald, warum das so ist.", GERMAN),
+    ("Wahrscheinlich werden wir bald", GERMAN),
+    ("Probably we will soon understand why this is so.", GERMAN),
+    ("wahrscheinlich werden wir bald verstehen warum das so ist", GERMAN),
+    ("Die Katze schläft.", GERMAN),
+    ("", GERMAN),
+    ("...", GERMAN),
+    ("Привет, мир!", "Привет, мир!"),
+    ("Здравствуй, мир!", "Привет, мир!"),
+    ("مرحبا بالعالم", "مرحبا بالعالم"),
+    ("مرحبا", "مرحبا بالعالم"),
+    ("1,234 Euro", "1.234 Euro"),
+    ("-5 Grad", "\u22125 Grad"),
+    ("Příčiny požáru jsou zatím neznámé.", "Výše škod a příčiny požáru jsou zatím neznámé."),
+    ("Zeile eins\nZeile zwei", "Zeile eins Zeile zwei"),
+]
+
+
+@pytest.mark.parametrize(("output", "answer"), TRANSLATIONS)
+def test_sentence_chrf_is_that_of_sacrebleu(output, answer):
+    found = judge("translation", output, Reference((answer,)))
+    expected = sacrebleu.sentence_chrf(output.strip(), [answer]).score
+    assert found == (output.strip() or None, expected >= CHRF_THRESHOLD, pytest.approx(expected, abs=1e-12))
+
+
+def test_the_threshold_means_more_than_half():
+    half = " ".join(GERMAN.split()[:4])
+    assert not judge("translation", half, Reference((GERMAN,))).correct
+    assert judge("translation", GERMAN.replace("warum", "wieso"), Reference((GERMAN,))).correct
+    assert judge("translation", "b b b", Reference(("a a a", "b b b"))).correct  # the best reference counts
+
+
+# ---- text ----
+
+TEXTS = [
+    ("Nicholas Sparks", ("Nicholas Sparks",), "Nicholas Sparks", True),
+    ("nicholas sparks.", ("Nicholas Sparks",), "nicholas sparks", True),
+    ("The answer is Nicholas Sparks.", ("Nicholas Sparks",), "Nicholas Sparks", True),
+    ("The writer is named. So the answer is: Nicholas Sparks", ("Nicholas Sparks",), "Nicholas Sparks", True),
+    ('"Nicholas Sparks"', ("Nicholas Sparks",), "Nicholas Sparks", True),
+    ("Nicholas  Sparks\nHe was born in 1965.", ("Nicholas Sparks",), "Nicholas  Sparks", True),
+    ("The Eiffel Tower", ("Eiffel Tower",), "The Eiffel Tower", True),
+    ("an eiffel-tower", ("Eiffeltower",), "an eiffel-tower", True),
+    ("Sparks", ("Nicholas Sparks",), "Sparks", False),
+    ("Sparks", ("Nicholas Sparks", "Sparks"), "Sparks", True),
+    ("1,234", ("1234",), "1,234", True),
+    ("$5", ("5",), "$5", False),
+    ("-5", ("\u22125",), "-5", True),
+    ("-5", ("5",), "-5", False),
+    ("1.5", ("15",), "1.5", False),
+    ("3 km", ("3 km",), "3 km", True),
+    ("O\u2019Brien", ("O'Brien",), "O'Brien", True),
+    ("باريس", ("باريس",), "باريس", True),
+    ("\u200fباريس\u200f", ("باريس",), "باريس", True),  # noqa: RUF001
+    ("stra\u00dfe", ("STRASSE",), "stra\u00dfe", True),
+    ("+", ("+",), "+", True),
+    ("-", ("+",), "-", False),
+    ("Paris\nQuestion: Who?\nAnswer: London", ("Paris",), "Paris", True),
+    ("**Paris**", ("Paris",), "Paris", True),
+    ("", ("Paris",), None, False),
+    (" \n ", ("Paris",), None, False),
+]
+
+
+@pytest.mark.parametrize(("output", "answers", "extracted", "correct"), TEXTS)
+def test_texts(output, answers, extracted, correct):
+    assert judge("text", output, Reference(answers)) == (extracted, correct, None)
+
+
+# ---- ROUGE-L ----
+
+ROUGES = [
+    ("the cat sat", ("the cat sat",), 1.0, True),
+    ("The cat, sat!", ("the cat sat",), 1.0, True),
+    ("the cat", ("the cat sat on a mat",), 2 * (2 / 2) * (2 / 6) / (2 / 2 + 2 / 6), False),
+    ("sat cat the", ("the cat sat",), 1 / 3, False),
+    ("a dog", ("the cat sat",), 0.0, False),
+    ("a dog", ("the cat sat", "a dog"), 1.0, True),
+    ("a cat", ("the cat sat", "the cat"), 0.5, False),
+    ("running dogs", ("run dog",), 1.0, False),  # stemmed
+    ("43.0", ("43",), 2 / 3, False),
+    ("1,234", ("1234",), 0.0, True),
+    ("$5", ("5",), 1.0, False),
+    ("-5", ("5",), 1.0, False),
+    ("Привет мир", ("Привет мир",), 1.0, True),
+    ("Привет", ("Привет мир",), 2 / 3, False),
+    ("مرحبا بالعالم", ("مرحبا بالعالم",), 1.0, True),
+    ("بالعالم", ("مرحبا بالعالم",), 2 / 3, False),
+    ("\u00fcber", ("\u00fcber",), 1.0, True),
+    ("", ("the cat",), 0.0, False),
+    ("...", ("the cat",), 0.0, False),
+]
+
+
+@pytest.mark.parametrize(("output", "answers", "value", "correct"), ROUGES)
+def test_rouge(output, answers, value, correct):
+    found = judge("rouge", output, Reference(answers))
+    assert found == (output.strip() or None, correct, pytest.approx(value, abs=1e-12))

@@ -1,0 +1,153 @@
+"""Log-likelihoods of continuations against plain transformers, one at a time, however they are batched and padded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny_models import EOS, FIVE, KINDS, PAD, SEQ2SEQ, VOCABULARY, left_padded, model_folder, network_of
+
+from radargate_pl.losses import IGNORE_INDEX
+from radargate_pl.ranking import (
+    best_choice,
+    best_choice_by_bytes,
+    log_likelihoods,
+    share_prompts,
+    shared_log_likelihoods,
+)
+
+LENGTHS = ((9, 2), (3, 5), (6, 1), (7, 4), (5, 3), (12, 2), (4, 4))  # prompt, continuation
+
+
+def pairs() -> list[tuple[list[int], list[int]]]:
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(4, VOCABULARY, (n,), generator=generator).tolist()  # noqa: E731
+    return [(draw(prompt), draw(continuation)) for prompt, continuation in LENGTHS]
+
+
+def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+def batch(kind: str, examples: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    """Right-padded, as the data module makes them."""
+    if kind in SEQ2SEQ:
+        inputs, labels = [p for p, _ in examples], [c for _, c in examples]
+    else:
+        inputs, labels = [p + c for p, c in examples], [[IGNORE_INDEX] * len(p) + c for p, c in examples]
+    return {
+        "input_ids": padded(inputs, PAD),
+        "attention_mask": padded([[1] * len(row) for row in inputs], 0),
+        "labels": padded(labels, IGNORE_INDEX),
+    }
+
+
+@torch.no_grad()
+def one_at_a_time(model: torch.nn.Module, kind: str, prompt: list[int], continuation: list[int]) -> float:
+    """The log probability of each token of the continuation, from a forward of its own, in float64."""
+    total = 0.0
+    for place, token in enumerate(continuation):
+        if kind in SEQ2SEQ:
+            start = [{"t5": PAD, "mbart": EOS}[kind]]
+            inputs = {
+                "input_ids": torch.tensor([prompt]),
+                "decoder_input_ids": torch.tensor([start + continuation[:place]]),
+            }
+        else:
+            inputs = {"input_ids": torch.tensor([prompt + continuation[:place]])}
+        logits = model(**inputs, use_cache=False).logits[0, -1].double()
+        total += float(logits.log_softmax(-1)[token])
+    return total
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FIVE if kind != "mbart"])
+def test_equal_a_plain_model_one_token_at_a_time(kind: str) -> None:
+    model = getattr(transformers, KINDS[kind][0]).from_pretrained(model_folder(kind), dtype=torch.float32).eval()
+    network = network_of(kind, experts=[])
+    found = log_likelihoods(network, **batch(kind, pairs()))
+    assert found.dtype == torch.float64
+    expected = [one_at_a_time(model, kind, *pair) for pair in pairs()]
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+    if kind not in SEQ2SEQ:
+        shared = shared_log_likelihoods(network, share_prompts(**batch(kind, pairs()), expert=None))
+        assert shared.tolist() == pytest.approx(expected, abs=1e-4)
+    assert len({round(value, 2) for value in expected}) == len(expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("gate", ["radar", "stretch", "task"])
+def test_batching_and_padding_change_nothing(kind: str, gate: str) -> None:
+    network, examples, expert = network_of(kind, gate), pairs(), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    alone = torch.cat(
+        [log_likelihoods(network, **batch(kind, [pair]), expert=expert[i : i + 1]) for i, pair in enumerate(examples)]
+    )
+    assert alone.isfinite().all()
+    for size in (2, 3, 7):
+        parts = [
+            log_likelihoods(network, **batch(kind, examples[i : i + size]), expert=expert[i : i + size])
+            for i in range(0, len(examples), size)
+        ]
+        assert torch.allclose(torch.cat(parts), alone, atol=1e-4, rtol=0)
+    if kind == "llama":
+        left = log_likelihoods(network, **left_padded(batch(kind, examples)), expert=expert)
+        assert torch.allclose(left, alone, atol=1e-4, rtol=0)
+
+
+CHOICES = (3, 2, 4, 2)  # continuations of each of the first prompts; a prompt of its own for each of two tasks
+
+
+def questions() -> tuple[list[tuple[list[int], list[int]]], list[int]]:
+    """Rows of several continuations a prompt, of one to five tokens, and their expert ids."""
+    rows, experts = [], []
+    parts = pairs()
+    for number, ((prompt, _), count) in enumerate(zip(parts, CHOICES, strict=False)):
+        for choice in range(count):
+            rows.append((prompt, parts[(number + choice) % len(parts)][1]))
+            experts.append(number % 3)
+    return [*rows, (parts[0][0], parts[1][1])], [*experts, 2]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "bloom", "opt"])
+def test_prompts_read_once_give_the_same_likelihoods(kind: str) -> None:
+    """Gemma-2's window of four tokens is shorter than the prompts, Bloom has no positions."""
+    for gate in ("radar", "task"):
+        network, (rows, experts) = network_of(kind, gate), questions()
+        tensors, expert = batch(kind, rows), torch.tensor(experts)
+        shared = share_prompts(**tensors, expert=expert)
+        assert len(shared.input_ids) == len(CHOICES) + 1  # the same text under another expert is another prompt
+        found = shared_log_likelihoods(network, shared)
+        assert found.tolist() == pytest.approx(log_likelihoods(network, **tensors, expert=expert).tolist(), abs=1e-4)
+
+
+def test_choices_of_one_token_need_one_forward_over_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, prompt = network_of("llama", experts=[]), pairs()[0][0]
+    tensors, calls = batch("llama", [(prompt, [7]), (prompt, [9]), (prompt[1:], [9])]), []
+    expected, forward = log_likelihoods(network, **tensors), network.backbone.forward
+
+    def counted(**inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(inputs["input_ids"].shape)
+        return forward(**inputs)
+
+    monkeypatch.setattr(network.backbone, "forward", counted)
+    found = shared_log_likelihoods(network, share_prompts(**tensors, expert=None))
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert calls == [(2, len(prompt))]
+
+
+def test_a_row_without_labels_counts_as_nothing_and_bfloat16_is_summed_in_float32() -> None:
+    network = network_of("llama", experts=[], dtype="bfloat16")
+    rows = batch("llama", pairs())
+    rows["labels"][0] = IGNORE_INDEX
+    found = log_likelihoods(network, **rows)
+    assert found[0] == 0
+    exact = log_likelihoods(network_of("llama", experts=[]), **rows)
+    assert torch.allclose(found, exact, rtol=0.1, atol=0.3)
+    assert not torch.equal(found[1:].bfloat16().double(), found[1:])
+
+
+def test_the_first_of_equal_scores_is_chosen() -> None:
+    assert best_choice([-2.0, -1.0, -1.0]) == 1
+    assert best_choice([float("-inf"), -1e30]) == 1
+    assert best_choice_by_bytes([-2.0, -4.0], ["ab", "abcd"]) == 0
+    assert best_choice_by_bytes([-2.0, -4.0], ["ab", "\N{CYRILLIC SMALL LETTER DE}abcd"]) == 1  # six bytes

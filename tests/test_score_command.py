@@ -1,0 +1,273 @@
+"""``radargate score`` end to end: files in, files out, every kind of bad input, and how little it imports."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sacrebleu
+
+from radargate_pl.cli import main
+from radargate_pl.scoring.intervals import wilson
+
+ROOT = Path(__file__).parent.parent
+SST2 = [
+    {"id": "s1", "output": " positive", "answer": "positive"},
+    {"id": "s2", "output": "The answer is negative.", "answer": "positive"},
+    {"id": "s3", "output": "", "answer": "negative"},
+    {"id": 4, "output": "not positive", "answer": "negative"},
+]
+
+
+def write(path, rows):
+    text = "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def score(tmp_path, capsys):
+    """Runs the command on rows; returns exit code, summary (or None), lines written (or None) and the error."""
+
+    def run(rows, task, *words):
+        path = rows if isinstance(rows, Path) else write(tmp_path / "predictions.jsonl", rows)
+        output = tmp_path / "scores.jsonl"
+        code = main(["score", str(path), "--task", task, "--output", str(output), *map(str, words)])
+        out, error = capsys.readouterr()
+        lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else None
+        return code, json.loads(out) if code == 0 else None, lines, error
+
+    return run
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    predictions = write(tmp_path / "predictions.jsonl", SST2)
+    code = (
+        "import sys; from radargate_pl.cli import main; code = main(); "
+        "heavy = {'torch', 'transformers', 'lightning', 'peft', 'datasets'} & set(sys.modules); "
+        "print(*sorted(heavy), file=sys.stderr); sys.exit(code)"
+    )
+    words = ["score", "predictions.jsonl", "--task", "sst2", "--output", "deep/scores.jsonl"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.split() == []
+    low, high = wilson(2, 4)
+    assert json.loads(done.stdout) == {
+        "format_version": 1,
+        "task": "sst2",
+        "group": "GLUE",
+        "version": 1,
+        "n": 4,
+        "metrics": {"accuracy": {"value": 0.5, "low": low, "high": high}},
+        "majority": 0.5,
+        "chance": 0.5,
+        "extracted_share": 0.75,
+    }
+    written = [json.loads(line) for line in (tmp_path / "deep/scores.jsonl").read_text().splitlines()]
+    assert written == [
+        {"id": "s1", "extracted": "positive", "correct": True},
+        {"id": "s2", "extracted": "negative", "correct": False},
+        {"id": "s3", "extracted": None, "correct": False},
+        {"id": "4", "extracted": "negative", "correct": True},
+    ]
+    assert predictions.exists()
+
+
+def test_bad_input_imports_nothing_heavy_either(tmp_path):
+    code = (
+        "import sys; from radargate_pl.cli import main; "
+        "code = main(['score', 'none', '--task', 'sst2', '--output', 'x']); "
+        "print(code, *sorted({'torch', 'lightning'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["1"]
+    assert "Expected none to be a file of JSON lines" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- tasks ----
+
+
+def test_options_of_their_own_and_letters(score):
+    moon = ["the sun", "the moon", "Paris", "Rome"]
+    rows = [
+        {"id": "a", "output": "B", "answer": "the moon", "choices": moon},
+        {"id": "b", "output": "Paris", "answer": "C", "choices": moon},
+        {"id": "c", "output": "Paris", "answer": "(A)", "choices": moon[2:]},
+    ]
+    _, summary, lines, _ = score(rows, "arc_easy")
+    assert [line["correct"] for line in lines] == [True, True, True]
+    assert summary["majority"] is None
+    assert summary["chance"] == pytest.approx((0.25 + 0.25 + 0.5) / 3)
+
+
+def test_labels_as_the_data_call_them(score):
+    """GLUE's `duplicate` is asked for as `yes`; F1 is that of duplicates either way."""
+    names = [
+        {"id": 1, "output": "duplicate", "answer": "duplicate"},
+        {"id": 2, "output": "duplicate", "answer": "not_duplicate"},
+        {"id": 3, "output": "not_duplicate", "answer": "not_duplicate"},
+    ]
+    words = {"duplicate": "yes", "not_duplicate": "no"}
+    labels = [{**row, "output": words[row["output"]], "answer": words[row["answer"]]} for row in names]
+    _, first, _, _ = score(names, "qqp")
+    _, second, _, _ = score(labels, "qqp", "--overwrite")
+    assert first == second
+    assert first["metrics"]["f1"]["value"] == pytest.approx(2 / 3)
+
+
+def test_numbers_and_formulas(score):
+    rows = [{"id": 1, "output": "#### 1,234", "answer": 1234}, {"id": 2, "output": "about 7", "targets": ["7.0", "8"]}]
+    _, summary, lines, _ = score(rows, "gsm8k")
+    assert [(line["extracted"], line["correct"]) for line in lines] == [("1234", True), ("7", True)]
+    assert summary["chance"] is None
+    assert summary["majority"] is None
+    _, _, lines, _ = score(
+        [{"id": 1, "output": r"\boxed{\sqrt{200}}", "answer": r"10\sqrt{2}"}], "math", "--overwrite", "true"
+    )
+    assert lines == [{"id": "1", "extracted": r"\sqrt{200}", "correct": True}]
+
+
+def test_translations(score):
+    outputs, answers = ["Das ist gut.", "Die Katze."], ["Das ist gut.", "Der Hund bellt laut."]
+    rows = [{"id": i, "output": o, "answer": a} for i, (o, a) in enumerate(zip(outputs, answers, strict=True))]
+    _, summary, lines, _ = score(rows, "wmt14_en_de")
+    assert summary["metrics"]["bleu"]["value"] == sacrebleu.corpus_bleu(outputs, [answers]).score
+    assert summary["metrics"]["sentence_chrf_accuracy"]["value"] == 0.5
+    assert lines[0]["value"] == pytest.approx(100)
+
+
+def test_a_natural_instructions_task(score):
+    rows = [{"id": 1, "output": "a dog", "targets": ["the cat", "a dog"]}, {"id": 2, "output": "x", "targets": ["y"]}]
+    _, summary, lines, _ = score(rows, "task080_piqa_answer_generation", "--category", "reasoning")
+    assert summary["metrics"]["rouge_l"]["value"] == 0.5
+    assert [line["value"] for line in lines] == [1.0, 0.0]
+
+
+# ---- references ----
+
+
+def test_references_give_answers_and_order(score, tmp_path):
+    references = write(
+        tmp_path / "sst2.jsonl.gz",
+        [{"id": "b", "answer": "negative", "choices": ["negative", "positive"]}, {"id": "a", "answer": "positive"}],
+    )
+    rows = [{"id": "a", "output": "positive"}, {"id": "b", "output": "negative", "answer": "negative"}]
+    _, summary, lines, _ = score(rows, "sst2", "--references", references)
+    assert [line["id"] for line in lines] == ["b", "a"]
+    assert summary["metrics"]["accuracy"]["value"] == 1.0
+
+
+def test_missing_and_surplus_ids(score, tmp_path):
+    references = write(tmp_path / "sst2.jsonl", [{"id": id, "answer": "positive"} for id in "abcdefghijklmn"])
+    code, _, lines, error = score(
+        [{"id": "n", "output": ""}, {"id": "z", "output": ""}], "sst2", "--references", references
+    )
+    assert code == 1
+    assert lines is None
+    assert "13 missing: a, b, c, d, e, f, g, h, i, j and 3 more" in error
+    assert "1 surplus: z" in error
+
+
+def test_another_answer_than_the_references(score, tmp_path):
+    references = write(tmp_path / "sst2.jsonl", [{"id": "a", "answer": "positive"}])
+    code, _, _, error = score([{"id": "a", "output": "", "answer": "negative"}], "sst2", "--references", references)
+    assert code == 1
+    assert f"predictions.jsonl:1: its answer is 'negative', that of {references}:1 is 'positive'" in error
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["{"], "predictions.jsonl:1: not JSON"),
+        (["", "[1]"], "predictions.jsonl:2: expected a JSON object, found list"),
+        ([{"output": "x", "answer": "positive"}], "predictions.jsonl:1: no id; it has output, answer"),
+        ([{"id": 1, "answer": "positive"}], "predictions.jsonl:1: no output; it has id, answer"),
+        ([{"id": 1, "output": None, "answer": "positive"}], "output is NoneType, expected a string"),
+        ([{"id": None, "output": "x"}], "id is NoneType, expected a string or a whole number"),
+        ([{"id": 1, "output": "x"}], "predictions.jsonl:1: no answer (nor target, nor targets)"),
+        ([SST2[0], SST2[1], SST2[0]], "predictions.jsonl:3: id 's1' stands at"),
+        ([{"id": 1, "output": "x", "answer": "fine"}], "one of the choices ('negative', 'positive'), but got 'fine'"),
+        ([{"id": 1, "output": "x", "answer": {"a": 1}}], "answer is dict, expected a string"),
+        ([{**SST2[0], "task": "rte"}], "its task is rte, but --task is sst2"),
+        ([], "to hold predictions, one JSON object a line, but it is empty"),
+    ],
+)
+def test_bad_lines(score, rows, message):
+    code, _, lines, error = score(rows, "sst2")
+    assert code == 1
+    assert lines is None
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_all_mistakes_are_named_together(score):
+    code, _, _, error = score([*["{"] * 12, SST2[0]], "sst2")
+    assert code == 1
+    assert "found 12 mistakes" in error
+    assert "... and 2 more" in error
+
+
+def test_questions_without_choices_and_answers_without_numbers(score):
+    assert (
+        "no choices; the options of arc_easy differ" in score([{"id": 1, "output": "B", "answer": "B"}], "arc_easy")[3]
+    )
+    assert "to be a number, but got 'many'" in score([{"id": 1, "output": "7", "answer": "many"}], "gsm8k")[3]
+
+
+def test_texts_of_a_private_task_are_not_shown(score):
+    rows = [{"id": 1, "output": "secret one", "answer": "secret two", "choices": ["secret three", "secret four"]}]
+    code, _, _, error = score(rows, "gpqa")
+    assert code == 1
+    assert "secret" not in error
+
+
+@pytest.mark.parametrize(("task", "near"), [("sst-2", "sst2"), ("gsm8", "gsm8k"), ("wmt14_en_fr", "wmt14_en_cs")])
+def test_an_unknown_task(score, task, near):
+    code, _, _, error = score(SST2, task)
+    assert code == 1
+    assert f"but got {task!r}" in error
+    assert near in error
+
+
+def test_files_that_are_missing_or_there_already(score, tmp_path):
+    code, _, _, error = score(tmp_path / "none.jsonl", "sst2")
+    assert code == 1
+    assert "none.jsonl to be a file of JSON lines, but there is none" in error
+    write(tmp_path / "scores.jsonl", ["kept"])
+    code = main(
+        ["score", str(write(tmp_path / "p.jsonl", SST2)), "--task", "sst2", "--output", str(tmp_path / "scores.jsonl")]
+    )
+    assert code == 1
+    assert (tmp_path / "scores.jsonl").read_text() == "kept\n"
+    code, _, lines, _ = score(SST2, "sst2", "--overwrite", "true")
+    assert code == 0
+    assert len(lines) == 4
+
+
+def test_a_broken_archive(score, tmp_path):
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(b"no gzip")
+    assert "reading it failed" in score(path, "sst2")[3]
+
+
+def test_options_that_are_missing_or_wrong(capsys, tmp_path):
+    assert main(["score"]) == 2
+    assert main(["score", "x", "--task", "sst2", "--output", "y", "--overwrite", "maybe"]) == 2
+    assert "expected true or false" in capsys.readouterr().err
+    assert main(["score", "--help"]) == 0
+    assert "PREDICTIONS.jsonl" in capsys.readouterr().out
