@@ -5,6 +5,7 @@ from lightning.pytorch import Callback
 from radargate_pl.callbacks.announcement import GateAnnouncement
 from radargate_pl.callbacks.exact_resume import ExactResume
 from radargate_pl.callbacks.expert_load import ExpertLoadMonitor
+from radargate_pl.callbacks.input_answers import InputAnswers
 from radargate_pl.callbacks.loss_convergence import LossConvergenceMonitor
 from radargate_pl.callbacks.non_finite import NonFiniteGuard
 from radargate_pl.callbacks.parts_table import PartsTable
@@ -29,6 +30,7 @@ DEFAULTS: dict[str, type[Callback]] = {
     "loss_convergence": LossConvergenceMonitor,
     "samples": SampleGenerations,
     "results": ResultWriter,
+    "input_answers": InputAnswers,
     "resource_guard": ResourceGuard,
     "non_finite": NonFiniteGuard,
     "replicas": ReplicaCheck,
@@ -43,6 +45,7 @@ __all__ = [
     "ExactResume",
     "ExpertLoadMonitor",
     "GateAnnouncement",
+    "InputAnswers",
     "LossConvergenceMonitor",
     "NonFiniteGuard",
     "PartsTable",
