@@ -36,7 +36,7 @@ def check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dr
 
 
 def check_backbone(model: PreTrainedModel) -> None:
-    """Refuse a model whose labelled positions or shifted targets cannot be had.
+    """Refuse a model whose labelled positions cannot be had.
 
     Raises:
         ValueError: naming the model's class and what it lacks.
@@ -46,11 +46,6 @@ def check_backbone(model: PreTrainedModel) -> None:
         raise ValueError(
             f"Expected a backbone with output embeddings (a language model's head), but {kind} has none. Choose a "
             "causal or sequence-to-sequence language model."
-        )
-    if model.config.is_encoder_decoder and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        raise ValueError(
-            f"Expected an encoder-decoder backbone that shifts its targets (prepare_decoder_input_ids_from_labels), "
-            f"but {kind} does not. T5, BART, mBART, Marian and Pegasus do."
         )
 
 
@@ -126,5 +121,4 @@ def prompt_length(input_ids: Tensor, is_encoder_decoder: bool, generation_kwargs
         )
     if not is_encoder_decoder:
         return input_ids.shape[1]
-    start = generation_kwargs.get("decoder_input_ids")
-    return 1 if start is None else start.shape[1]  # 1: the start token
+    return int(generation_kwargs["decoder_input_ids"].shape[1])

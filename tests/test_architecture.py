@@ -33,6 +33,8 @@ LAYERS = {
             "domains",
             "joining_experts",
             "fixed_compositions",
+            "decoder_start",
+            "greedy",
         ),
     },
     4: {"data"},
@@ -45,7 +47,7 @@ LAYERS = {
     },
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
-        *("domain_command", "doctor", "doctor_checks"),
+        *("domain_command", "doctor", "doctor_checks", "harness", "harness_model"),
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
 }
@@ -63,7 +65,7 @@ OUTSIDE = {
     },
     4: {"transformers", "datasets", "lightning", "reasoning_gym", "pyarrow", "numpy", "huggingface_hub", "jinja2"},
     5: {"lightning", "torchmetrics", "nevergrad", "numpy"},
-    6: {"lightning", "jsonargparse", "yaml", "safetensors", "matplotlib", "tensorboard", "packaging"},
+    6: {"lightning", "jsonargparse", "yaml", "safetensors", "matplotlib", "tensorboard", "packaging", "lm_eval"},
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from builders import assert_near
-from tiny_models import FIVE, GATES, NAMES, SEQ2SEQ, assert_same_gradients, batch_of, loss_of, network_of
+from tiny_models import FIVE, GATES, NAMES, assert_same_gradients, batch_of, loss_of, network_of
 from torch.nn import functional as F
 
 from radargate_pl.losses import IGNORE_INDEX, example_mean_cross_entropy
@@ -62,7 +62,7 @@ def test_the_head_sees_only_the_labelled_positions(kind):
 
 def test_what_the_models_do_around_their_heads_is_there():
     assert float(network_of("gemma2")(**batch_of("gemma2")).logits.detach().abs().max()) <= 3.0
-    for kind in SEQ2SEQ:
+    for kind in ("t5", "mbart"):
         network, batch = network_of(kind), batch_of(kind)
         hidden = []
         head = network.backbone.get_output_embeddings()
