@@ -15,12 +15,18 @@ if TYPE_CHECKING:
     from radargate_pl.networks import GatedNetwork
 
 
-def check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dropout: float) -> None:
+def check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dropout: float) -> NewExperts | None:
     """Refuse arguments that do not fit together.
+
+    Returns:
+        The new experts to make: none where given experts stay frozen, so that one config of a backbone, which names its
+        target modules, goes on top of the fit of experts and of that of a gate.
 
     Raises:
         ValueError: naming the argument.
     """
+    if experts and train == "gate":
+        new_experts = None
     if experts and new_experts is not None:
         raise ValueError("Expected either experts or new_experts, but got both. Remove one of them.")
     if train not in ("gate", "experts", "both"):
@@ -33,6 +39,7 @@ def check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dr
         raise ValueError(f"Expected experts or new_experts with train: {train}, but there are no experts to train.")
     if not 0 <= dropout < 1:
         raise ValueError(f"Expected dropout to be in [0, 1), but got {dropout}.")
+    return new_experts
 
 
 def check_backbone(model: PreTrainedModel) -> None:

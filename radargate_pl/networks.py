@@ -80,16 +80,14 @@ class GatedNetwork(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        new_experts = None if experts and train == "gate" else new_experts  # so that one config serves both fits
-        check_arguments(experts, new_experts, train, dropout)
+        new_experts = check_arguments(experts, new_experts, train, dropout)
         loaded = load_backbone(backbone, dtype, quantization)
         check_backbone(loaded.model)
         self.backbone, self.tokenizer = loaded.model, loaded.tokenizer
         self.is_encoder_decoder = bool(loaded.model.config.is_encoder_decoder)
-        self.decoder_start = list(decoder_start)
         self.start_ids = start_ids(loaded.model, loaded.tokenizer, decoder_start)
         self._takes_position_ids = takes_position_ids(loaded.model)
-        self.backbone_source, self.quantization = backbone, quantization
+        self.backbone_source, self.quantization, self.decoder_start = backbone, quantization, list(decoder_start)
         self.combine, self.train_part, self.new_experts = combine, train, new_experts
         self.adapters = load_adapters(experts, loaded.model, backbone_fingerprint=loaded.fingerprint) if experts else []
         self.fingerprints: dict[str, Any] = {
@@ -108,10 +106,9 @@ class GatedNetwork(nn.Module):
         self.expert_of_task = experts_of_tasks(tasks or {}, self.experts, per=new_experts.per if new_experts else None)
         self.context = Context()
         streams = {path: input_stream(path) for path in banks} if self.is_encoder_decoder else {}
-        layers = attach(
+        self.layers = layers = attach(
             self.backbone, banks, gate, context=self.context, combine=combine, dropout=dropout, streams=streams
         )
-        self.layers = layers
         check_experts_of_tasks(self)
         if share_A:
             check_shared_A(layers)
