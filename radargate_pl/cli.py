@@ -1,4 +1,4 @@
-"""The command line: ``radargate fit | validate | test | predict | doctor --config FILE [--key value]`` (layer 6).
+"""The command line: ``radargate fit | validate | test | predict | doctor | harness ...`` (layer 6).
 
 ``main`` returns the exit code: 0, 1 for bad input found while running, 2 for mistakes in the configuration.
 """
@@ -37,6 +37,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from radargate_pl import doctor
 
             return doctor.main(words[1:])
+        elif words[:1] == ["harness"]:
+            from radargate_pl import harness
+
+            return harness.main(words[1:])
         else:
             _run(words)
     except SystemExit as done:  # argparse's way to end after --help and --print_config
