@@ -18,6 +18,7 @@ from radargate_pl.cli import main
 from radargate_pl.data import FlanMixture
 from radargate_pl.data.library import read_tasks
 from radargate_pl.gate_folder import load_gate
+from radargate_pl.module import AdaptedLM
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
@@ -94,11 +95,14 @@ def written(folder="."):
     return rows_of((Path(folder) / "runs/x/predict/inputs/predictions.jsonl").read_text(encoding="utf-8"))
 
 
-def test_answers_in_the_order_of_the_input_on_standard_output_alone(workspace, capsys, caplog):
+def test_answers_in_the_order_of_the_input_on_standard_output_alone(workspace, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(AdaptedLM, "on_predict_start", lambda self: print("as a library may"), raising=False)
     Path("mine.jsonl").write_text(lines_of(PROMPTS))
     with caplog.at_level("INFO"):
         assert main([*WORDS, "mine.jsonl"]) == 0
-    rows = rows_of(capsys.readouterr().out)
+    output = capsys.readouterr()
+    assert "as a library may" in output.err
+    rows = rows_of(output.out)
     assert [row["id"] for row in rows] == ["first", "inputs-1", "inputs-2", "long", "5"]
     assert [row["task"] for row in rows] == [None, "echo", None, None, None]
     assert [row["prompt"] for row in rows][:3] == [f"Q: {text}\nA:" for text in ("one", "Say it.\n\ntwo, longer", "3")]
