@@ -199,7 +199,11 @@ def read_experts(kind: str, path: str) -> list[Expert]:
 
 
 LAYERS = {
-    "t5": ("encoder.block.1.layer.0.SelfAttention.q", "decoder.block.1.layer.1.EncDecAttention.v"),
+    "t5": (
+        "encoder.block.1.layer.0.SelfAttention.q",
+        "decoder.block.1.layer.1.EncDecAttention.v",
+        "decoder.block.1.layer.2.DenseReluDense.wo",
+    ),
     "mt5": ("encoder.block.1.layer.1.DenseReluDense.wo", "decoder.block.0.layer.0.SelfAttention.v"),
     "mbart": ("model.encoder.layers.1.self_attn.v_proj", "model.decoder.layers.1.encoder_attn.q_proj"),
 }
