@@ -51,6 +51,7 @@ def answers_key(network: GatedNetwork, data: Any, task: str, precision: str) -> 
         "weights": fingerprint_state({**network.gate_state(), **network.trainable_state()}),
         "gate": network.describe(),
         "combine": network.combine,
+        "decoder_start": network.decoder_start,
         "dtype": str(network.backbone.dtype),
         "precision": precision,
         "task": task_settings(data, task),

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from radargate_pl.quantization import Quantization
 
 BUILT_IN = (smollm2.NAME, debug_backbone.NAME)
+# ALBERT's tokenizer, which IndicBART has, by default drops capitals and accents: in Devanagari these are vowel signs.
+AS_WRITTEN = {"do_lower_case": False, "keep_accents": True}
 
 
 @dataclass
@@ -97,11 +99,25 @@ def load_tokenizer(backbone: str) -> PreTrainedTokenizerBase:
 
     where, gguf = _located(backbone)
     tokenizer = _from_pretrained(transformers.AutoTokenizer, backbone, where, **gguf)
+    if isinstance(tokenizer, transformers.AlbertTokenizer):
+        tokenizer = _from_pretrained(transformers.AutoTokenizer, backbone, where, **AS_WRITTEN)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"Expected the tokenizer of backbone {backbone!r} to have an end token, but it has none.")
         tokenizer.pad_token = tokenizer.eos_token  # labels and masks come from positions, so the two may be the same
     return tokenizer
+
+
+def is_encoder_decoder(backbone: str) -> bool:
+    """Whether a backbone is an encoder-decoder, from its configuration alone; `.gguf` files are decoder-only here.
+
+    Args:
+        backbone: as in `load_backbone`.
+    """
+    import transformers
+
+    where, gguf = _located(backbone)
+    return not gguf and bool(_from_pretrained(transformers.AutoConfig, backbone, where).is_encoder_decoder)
 
 
 def resolve_backbone(backbone: str) -> Path | str:

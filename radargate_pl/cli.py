@@ -1,19 +1,26 @@
-"""The command line: ``radargate fit | validate | test | predict | doctor | score ...`` (layer 6).
+"""The command line: ``radargate fit | validate | test | predict | doctor | score | harness ...`` (layer 6).
 
 ``main`` returns the exit code: 0, 1 for bad input found while running, 2 for mistakes in the configuration.
 """
 
+import importlib
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from radargate_pl import __version__
 from radargate_pl.config_sources import ConfigError
 
+# Commands that train nothing: each is a program of its own, with its own --help.
+PROGRAMS = {
+    "doctor": "radargate_pl.doctor",
+    "score": "radargate_pl.score_command",
+    "harness": "radargate_pl.harness",
+}
 TRACEBACK = "RADARGATE_TRACEBACK"
 _PACKAGE = str(Path(__file__).parent)
 
@@ -33,14 +40,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["--version"]:
             print(f"radargate-pl {__version__}")
-        elif words[:1] == ["doctor"]:
-            from radargate_pl import doctor
-
-            return doctor.main(words[1:])
-        elif words[:1] == ["score"]:
-            from radargate_pl import score_command
-
-            return score_command.main(words[1:])
+        elif words and words[0] in PROGRAMS:
+            program: Callable[[list[str]], int] = importlib.import_module(PROGRAMS[words[0]]).main
+            return program(words[1:])
         else:
             _run(words)
     except SystemExit as done:  # argparse's way to end after --help and --print_config

@@ -101,8 +101,9 @@ def load_gate(
         found = with_new_experts(found, add_experts, gate)
     quantization = _quantization(folder, config.get("quantization", "none"), quantization)
     loading = {"dtype": dtype, "quantization": quantization}
+    built = {"gate": gate, "combine": config["combine"], "decoder_start": config.get("decoder_start", [])}
     try:
-        network = GatedNetwork(backbone=source, experts=found, gate=gate, combine=config["combine"], **loading)
+        network = GatedNetwork(backbone=source, experts=found, **built, **loading)
     except ValueError:
         # Another backbone or library mostly fails to fit in some detail; then that it is another one is what helps.
         saved = config["fingerprints"]
@@ -197,6 +198,7 @@ def _config(network: "GatedNetwork", folder: Path) -> dict[str, Any]:
         "gate_line": network.describe(),
         "combine": network.combine,
         "quantization": network.quantization,
+        "decoder_start": network.decoder_start,
         "backbone": _seen_from(folder, Path(network.backbone_source).expanduser()),
         "experts": {name: where.get(name, f"{EXPERTS}/{name}") for name in network.experts},
     }

@@ -3,7 +3,9 @@
 import argparse
 import inspect
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +19,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 import radargate_pl.data  # noqa: F401 - short names such as "FlanMixture" are found once their module is loaded
 from radargate_pl import callbacks
 from radargate_pl.callbacks import Preemption, RunCheckpoint, RunProgressBar
+from radargate_pl.callbacks.input_answers import answers_to_inputs
+from radargate_pl.cli import PROGRAMS
 from radargate_pl.config_classes import own_defaults
 from radargate_pl.config_errors import ConfigCheck
 from radargate_pl.config_schema import find_class, named_classes, nearest, parser_schema
@@ -41,10 +45,10 @@ from radargate_pl.run_loggers import RunCSVLogger, RunTensorBoardLogger
 from radargate_pl.slurm import check_launch
 
 COMMANDS = ("fit", "validate", "test", "predict")
-DOCTOR = "doctor"  # a program of its own; see radargate_pl.doctor
 _EPILOG = (
-    "radargate doctor tells what is wrong with a machine or a config. --help NAME explains one class, e.g. radargate "
-    "--help RadarGate; --version prints the version; --debug shows the traceback of an error."
+    "radargate doctor tells what is wrong with a machine or a config, radargate score scores predictions, radargate "
+    "harness runs tasks of lm-evaluation-harness; each has its own --help. --help NAME explains one class, e.g. "
+    "radargate --help RadarGate; --version prints the version; --debug shows the traceback of an error."
 )
 
 # The data's tokenizer is always the backbone's.
@@ -221,7 +225,11 @@ class RadarGateCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.config[subcommand].preview:
-            super()._run_subcommand(subcommand)
+            # Standard output belongs to the answers, whatever a bar or a library would print there meanwhile.
+            with redirect_stdout(sys.stderr) if subcommand == "predict" else nullcontext():
+                super()._run_subcommand(subcommand)
+            if subcommand == "predict":
+                print(answers_to_inputs(self.trainer), end="", flush=True)
             return
         preview = getattr(self.datamodule, "preview", None)
         if preview is None:
@@ -247,8 +255,8 @@ def _asks_for_help(words: Sequence[str]) -> bool:
 
 def _no_command(word: str | None) -> str:
     if word is None:
-        return f"{COMMAND_LINE}: give a command: {', '.join((*COMMANDS, DOCTOR))}; --help says more."
-    return f"{COMMAND_LINE}: there is no command '{word}'. {nearest(word, dict.fromkeys((*COMMANDS, DOCTOR)))}"
+        return f"{COMMAND_LINE}: give a command: {', '.join((*COMMANDS, *PROGRAMS))}; --help says more."
+    return f"{COMMAND_LINE}: there is no command '{word}'. {nearest(word, dict.fromkeys((*COMMANDS, *PROGRAMS)))}"
 
 
 def _has_value(line: CommandLine, key: str) -> bool:

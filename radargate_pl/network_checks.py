@@ -15,12 +15,18 @@ if TYPE_CHECKING:
     from radargate_pl.networks import GatedNetwork
 
 
-def check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dropout: float) -> None:
+def check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dropout: float) -> NewExperts | None:
     """Refuse arguments that do not fit together.
+
+    Returns:
+        The new experts to make: none where given experts stay frozen, so that one config of a backbone, which names its
+        target modules, goes on top of the fit of experts and of that of a gate.
 
     Raises:
         ValueError: naming the argument.
     """
+    if experts and train == "gate":
+        new_experts = None
     if experts and new_experts is not None:
         raise ValueError("Expected either experts or new_experts, but got both. Remove one of them.")
     if train not in ("gate", "experts", "both"):
@@ -33,10 +39,11 @@ def check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dr
         raise ValueError(f"Expected experts or new_experts with train: {train}, but there are no experts to train.")
     if not 0 <= dropout < 1:
         raise ValueError(f"Expected dropout to be in [0, 1), but got {dropout}.")
+    return new_experts
 
 
 def check_backbone(model: PreTrainedModel) -> None:
-    """Refuse a model whose labelled positions or shifted targets cannot be had.
+    """Refuse a model whose labelled positions cannot be had.
 
     Raises:
         ValueError: naming the model's class and what it lacks.
@@ -46,11 +53,6 @@ def check_backbone(model: PreTrainedModel) -> None:
         raise ValueError(
             f"Expected a backbone with output embeddings (a language model's head), but {kind} has none. Choose a "
             "causal or sequence-to-sequence language model."
-        )
-    if model.config.is_encoder_decoder and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        raise ValueError(
-            f"Expected an encoder-decoder backbone that shifts its targets (prepare_decoder_input_ids_from_labels), "
-            f"but {kind} does not. T5, BART, mBART, Marian and Pegasus do."
         )
 
 
@@ -126,5 +128,4 @@ def prompt_length(input_ids: Tensor, is_encoder_decoder: bool, generation_kwargs
         )
     if not is_encoder_decoder:
         return input_ids.shape[1]
-    start = generation_kwargs.get("decoder_input_ids")
-    return 1 if start is None else start.shape[1]  # 1: the start token
+    return int(generation_kwargs["decoder_input_ids"].shape[1])

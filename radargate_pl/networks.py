@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from radargate_pl.adapters import load_adapters
 from radargate_pl.backbones import load_backbone
 from radargate_pl.block_recomputation import recompute_blocks
+from radargate_pl.decoder_start import decoder_inputs, first_ids, start_ids
 from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
 from radargate_pl.gates import Context, RadarGate
+from radargate_pl.greedy import with_plain_greedy
 from radargate_pl.label_logits import LabelledLogits, only_positions
 from radargate_pl.losses import IGNORE_INDEX
 from radargate_pl.moe import GateFactory, attach
@@ -38,11 +40,13 @@ class GatedNetwork(nn.Module):
         dtype: of backbone and frozen experts; "auto" is bfloat16 where the device has it, else float32.
         quantization: hold the backbone's linear layers in 4 or 8 bits (bitsandbytes); they compute in ``dtype``.
         experts: frozen experts: a folder of PEFT folders, a list of them, or name to path or hub id; [] for none.
-        new_experts: experts to train from scratch, instead of ``experts``.
+        new_experts: experts to train from scratch, instead of ``experts``; not used where given experts stay frozen.
         gate: the gate, one built per layer.
         combine: how kept experts become one update: "sum" (MoLE, HydraLoRA), "gram_schmidt" (OMoE, lengths kept),
             "gram_schmidt_unit" (OMoE, unit length) or "separate" (A and B summed apart).
         share_A: whether the given experts must have one A per layer (HydraLoRA); others are refused then.
+        decoder_start: tokens by name that every answer of an encoder-decoder backbone begins behind, e.g. a language's;
+            [] for what its own configuration says.
         dropout: dropout before the experts while they train, one mask per layer.
         train: what trains: "gate", "experts" or "both".
         gradient_checkpointing: recompute activations in the backward pass (non-reentrant) to save memory.
@@ -50,6 +54,7 @@ class GatedNetwork(nn.Module):
     Attributes:
         experts: names of all experts; the position is the expert's id.
         expert_of_task: task name to the id of its expert, -1 for none.
+        start_ids: token ids that every answer of an encoder-decoder backbone begins behind; none for a causal one.
         layers: path inside the backbone to its mixture layer.
         fingerprints: {"backbone": ..., "experts": {name: ...}} of the files, before any cast.
 
@@ -57,7 +62,7 @@ class GatedNetwork(nn.Module):
         ValueError: for arguments that do not fit together, and for everything wrong with backbone and experts.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  flat, because these are what a user types
         self,
         tasks: Mapping[str, str | None] | None = None,
         *,
@@ -69,18 +74,20 @@ class GatedNetwork(nn.Module):
         gate: GateFactory = RadarGate,
         combine: Literal["sum", "gram_schmidt", "gram_schmidt_unit", "separate"] = "sum",
         share_A: bool = False,
+        decoder_start: list[str] = [],  # noqa: B006
         dropout: float = 0.0,
         train: Literal["gate", "experts", "both"] = "gate",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_arguments(experts, new_experts, train, dropout)
+        new_experts = check_arguments(experts, new_experts, train, dropout)
         loaded = load_backbone(backbone, dtype, quantization)
         check_backbone(loaded.model)
         self.backbone, self.tokenizer = loaded.model, loaded.tokenizer
         self.is_encoder_decoder = bool(loaded.model.config.is_encoder_decoder)
+        self.start_ids = start_ids(loaded.model, loaded.tokenizer, decoder_start)
         self._takes_position_ids = takes_position_ids(loaded.model)
-        self.backbone_source, self.quantization = backbone, quantization
+        self.backbone_source, self.quantization, self.decoder_start = backbone, quantization, list(decoder_start)
         self.combine, self.train_part, self.new_experts = combine, train, new_experts
         self.adapters = load_adapters(experts, loaded.model, backbone_fingerprint=loaded.fingerprint) if experts else []
         self.fingerprints: dict[str, Any] = {
@@ -99,10 +106,9 @@ class GatedNetwork(nn.Module):
         self.expert_of_task = experts_of_tasks(tasks or {}, self.experts, per=new_experts.per if new_experts else None)
         self.context = Context()
         streams = {path: input_stream(path) for path in banks} if self.is_encoder_decoder else {}
-        layers = attach(
+        self.layers = layers = attach(
             self.backbone, banks, gate, context=self.context, combine=combine, dropout=dropout, streams=streams
         )
-        self.layers = layers
         check_experts_of_tasks(self)
         if share_A:
             check_shared_A(layers)
@@ -127,9 +133,9 @@ class GatedNetwork(nn.Module):
             expert: id of each example's own expert, (examples,) int64, -1 for none.
         """
         if self.is_encoder_decoder:
-            tokens = {"encoder": attention_mask.bool(), "decoder": labels != IGNORE_INDEX}
-            inputs = {"decoder_input_ids": self.backbone.prepare_decoder_input_ids_from_labels(labels)}
-            targets = labels
+            decoder_input_ids, targets, real = decoder_inputs(labels, self.start_ids, self.tokenizer.pad_token_id)
+            tokens = {"encoder": attention_mask.bool(), "decoder": real}
+            inputs = {"decoder_input_ids": decoder_input_ids}
         else:
             tokens = {"decoder": attention_mask.bool()}
             positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
@@ -151,21 +157,20 @@ class GatedNetwork(nn.Module):
             input_ids: prompts, left-padded for causal models, (examples, length) int64.
             attention_mask: (examples, length) int64.
             expert: id of each example's own expert, (examples,) int64.
-            generation_kwargs: passed to transformers' ``generate`` (``max_new_tokens``, ``num_beams``, ...).
+            generation_kwargs: passed to transformers' ``generate`` (``max_new_tokens``, ``num_beams``, ...); with
+                ``do_sample=False`` the backbone's own generation settings choose no other tokens than the likeliest.
 
         Returns:
             The newly generated ids only, (rows, new tokens) int64.
         """
-        start = prompt_length(input_ids, self.is_encoder_decoder, generation_kwargs)
+        begin = {"pad_token_id": self.tokenizer.pad_token_id, **first_ids(self.start_ids, input_ids)}
+        options = {**begin, **with_plain_greedy(generation_kwargs)}
+        start = prompt_length(input_ids, self.is_encoder_decoder, options)
         self._replace_context(input_ids, expert)
         training = self.training
         self.eval()
         try:
-            ids = self.backbone.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                **{"pad_token_id": self.tokenizer.pad_token_id, **generation_kwargs},
-            )
+            ids = self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
         finally:
             self.train(training)
         return ids[:, start:]

@@ -12,8 +12,9 @@ PACKAGE = ROOT / "radargate_pl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space", "scoring", "benchmarks"},
+    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space", "scoring"},
     1: {
+        "benchmarks",
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
         *("gates", "prototypes", "rank_rotation", "rotation_function", "rotations"),
     },
@@ -33,6 +34,8 @@ LAYERS = {
             "domains",
             "joining_experts",
             "fixed_compositions",
+            "decoder_start",
+            "greedy",
         ),
     },
     4: {"data"},
@@ -46,7 +49,7 @@ LAYERS = {
     },
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
-        *("domain_command", "doctor", "doctor_checks", "score_command", "predictions"),
+        *("domain_command", "doctor", "doctor_checks", "score_command", "predictions", "harness", "harness_model"),
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
 }
@@ -64,7 +67,7 @@ OUTSIDE = {
     },
     4: {"transformers", "datasets", "lightning", "reasoning_gym", "pyarrow", "numpy", "huggingface_hub", "jinja2"},
     5: {"lightning", "torchmetrics", "nevergrad", "numpy"},
-    6: {"lightning", "jsonargparse", "yaml", "safetensors", "matplotlib", "tensorboard", "packaging"},
+    6: {"lightning", "jsonargparse", "yaml", "safetensors", "matplotlib", "tensorboard", "packaging", "lm_eval"},
 }
 
 

@@ -155,7 +155,7 @@ def test_binary_and_missing_files(mistakes, tmp_path):
     ("words", "expected"),
     [
         (["fitt"], "command line: there is no command 'fitt'. Nearest: fit."),
-        ([], "command line: give a command: fit, validate, test, predict, doctor; --help says more."),
+        ([], "command line: give a command: fit, validate, test, predict, doctor, score, harness; --help says more."),
         (["--help", "RadarGat"], "command line: --help RadarGat: there is no such class. Nearest: RadarGate"),
     ],
 )

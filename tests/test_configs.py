@@ -110,8 +110,10 @@ def test_base_configs_stand_alone(parsed, name):
 def test_overrides_go_on_top_of_a_base(parsed, name):
     base, config = parsed(*with_configs("flan/radargate.yaml")), parsed(*with_configs("flan/radargate.yaml", name))
     given = yaml.safe_load(CONFIGS[name].read_text())
-    assert set(given) == {"trainer"} if name.startswith("trainer/") else {"model"}
-    assert config["data"] == base["data"]
+    assert set(given) - {"data"} == ({"trainer"} if name.startswith("trainer/") else {"model"})
+    changed = given.get("data", {}).get("init_args", {})  # the prompt of a backbone
+    assert config["data"] == {**base["data"], "init_args": {**base["data"]["init_args"], **changed}}
+    assert name.startswith("backbones/") or not changed
     assert config["model"]["optimizer"] == base["model"]["optimizer"]
     for key, value in given.get("trainer", {}).items():
         assert config["trainer"][key] == value
@@ -243,3 +245,63 @@ def test_lorahub_searches_five_examples_a_task_in_one_batch(parsed):
     assert config["trainer"]["max_steps"] == wanted["budget"]
     assert (data["max_examples"], data["batch_size"]) == (5, 9 * 5)
     assert config["model"]["network"]["init_args"]["combine"] == "separate"
+
+
+def assert_at(tree, path, value):
+    """The value that a file gives is what the resolved config has there."""
+    for key in path:
+        tree = tree[key]
+    assert tree == value, path
+
+
+def leaves(tree, path=()):
+    if not isinstance(tree, dict):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from leaves(value, (*path, key))
+
+
+PAPERS_BACKBONES = {
+    "indicbart": ("ai4bharat/IndicBART", "mbart"),
+    "mt0_base": ("bigscience/mt0-base", "mt5"),
+    "flan_t5_large": ("google/flan-t5-large", "mt5"),  # Flan-T5 has T5 1.1's gated feed-forward, as mT5
+    "llama_3_2_1b": ("meta-llama/Llama-3.2-1B", "llama"),
+    "llama_3_2_3b": ("meta-llama/Llama-3.2-3B", "llama"),
+}
+
+
+@pytest.mark.parametrize("base", ["flan/experts.yaml", "flan/radargate.yaml", "flan_v2/experts.yaml"])
+@pytest.mark.parametrize("name", PAPERS_BACKBONES)
+def test_the_papers_backbones_go_on_top_of_flan(parsed, base, name):
+    config, text = parsed(*with_configs(base, f"backbones/{name}.yaml")), CONFIGS[f"backbones/{name}.yaml"].read_text()
+    for path, value in leaves(yaml.safe_load(text)):
+        assert_at(config, path, value)
+    network = config["model"]["network"]["init_args"]
+    assert network["backbone"] == PAPERS_BACKBONES[name][0]
+    assert (network["new_experts"]["rank"], network["new_experts"]["alpha"]) == (8, 32)
+    assert config["model"]["max_new_tokens"] == 512
+    for word in ("The paper states", "Our reading"):
+        assert word in text
+
+
+@pytest.mark.parametrize("name", PAPERS_BACKBONES)
+def test_their_target_modules_are_all_linear_layers_of_such_a_model(name):
+    """Of a tiny random model of the architecture: every name is met, in every block, and only the head is left out."""
+    from tiny_models import network_of
+
+    from radargate_pl.adapters import target_linears
+
+    given = yaml.safe_load(CONFIGS[f"backbones/{name}.yaml"].read_text())
+    targets = given["model"]["network"]["init_args"]["new_experts"]["target_modules"]
+    model = network_of(PAPERS_BACKBONES[name][1], experts=[]).backbone
+    found = target_linears(model, targets)
+    assert {path.rpartition(".")[2] for path in found} == set(targets)
+    assert set(found) == set(target_linears(model, "all-linear"))
+
+
+@pytest.mark.parametrize("name", ["mt0_base", "flan_t5_large"])
+def test_float16_is_named_as_the_trap_it_is(name):
+    text = CONFIGS[f"backbones/{name}.yaml"].read_text()
+    assert "Never float16" in text
+    assert yaml.safe_load(text)["model"]["network"]["init_args"]["dtype"] == "bfloat16"

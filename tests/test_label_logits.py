@@ -3,7 +3,7 @@
 import pytest
 import torch
 from builders import assert_near
-from tiny_models import FIVE, GATES, NAMES, SEQ2SEQ, assert_same_gradients, batch_of, loss_of, network_of
+from tiny_models import FIVE, GATES, NAMES, PAD, assert_same_gradients, batch_of, loss_of, network_of
 from torch.nn import functional as F
 
 from radargate_pl.losses import IGNORE_INDEX, example_mean_cross_entropy
@@ -13,8 +13,10 @@ def inputs_of(network, batch):
     """What the plain model is called with, and the targets of all its positions."""
     given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     if network.is_encoder_decoder:
-        shifted = network.backbone.prepare_decoder_input_ids_from_labels(batch["labels"])
-        return {**given, "decoder_input_ids": shifted}, batch["labels"]
+        before = batch["labels"][:, :-1].clone()
+        before[before == IGNORE_INDEX] = PAD
+        first = torch.full((len(before), 1), network.backbone.config.decoder_start_token_id)
+        return {**given, "decoder_input_ids": torch.cat([first, before], 1)}, batch["labels"]
     return given, F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
@@ -62,7 +64,7 @@ def test_the_head_sees_only_the_labelled_positions(kind):
 
 def test_what_the_models_do_around_their_heads_is_there():
     assert float(network_of("gemma2")(**batch_of("gemma2")).logits.detach().abs().max()) <= 3.0
-    for kind in SEQ2SEQ:
+    for kind in ("t5", "mbart"):
         network, batch = network_of(kind), batch_of(kind)
         hidden = []
         head = network.backbone.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""Tiny random models of five architectures as local folders, with three experts each of other layers and ranks."""
+"""Tiny random models of several architectures as local folders, with three experts each of other layers and ranks."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ T5 = {
     **{"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": PAD},
     **{"dropout_rate": 0.5},
 }
+MT5 = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 MBART = {
     **SIZES,
     **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
@@ -59,15 +60,17 @@ KINDS = {
     "gemma2": ("Gemma2ForCausalLM", GEMMA2),
     "granite": ("GraniteForCausalLM", GRANITE),
     "t5": ("T5ForConditionalGeneration", T5),
+    "mt5": ("MT5ForConditionalGeneration", MT5),
     "mbart": ("MBartForConditionalGeneration", MBART),
     "bloom": ("BloomForCausalLM", BLOOM),
     "opt": ("OPTForCausalLM", OPT),
 }
 FIVE = ("llama", "gemma2", "granite", "t5", "mbart")
-SEQ2SEQ = ("t5", "mbart")
+SEQ2SEQ = ("t5", "mt5", "mbart")
 # The layers of each expert: no layer has all three, and some have a single one.
 TARGETS = {
     "t5": (("q", "wo"), ("q", "v", "k"), ("v", "wo")),
+    "mt5": (("q", "wi_0"), ("q", "v", "k"), ("v", "wo")),
     "mbart": (("q_proj", "fc2"), ("q_proj", "v_proj", "k_proj"), ("v_proj", "fc2")),
     "bloom": (("query_key_value",), ("query_key_value", "dense"), ("dense",)),
 }
@@ -93,7 +96,7 @@ def model_folder(kind: str, seed: int = 0) -> str:
     model_class = getattr(transformers, name)
     torch.manual_seed(seed)
     model = model_class(model_class.config_class(**sizes))
-    if kind == "t5":
+    if kind in ("t5", "mt5"):
         scale_up(model)
     if kind == "mbart":
         model.final_logits_bias = torch.randn(1, VOCABULARY)

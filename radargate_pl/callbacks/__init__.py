@@ -6,6 +6,7 @@ from radargate_pl.callbacks.announcement import GateAnnouncement
 from radargate_pl.callbacks.benchmark_writer import BenchmarkWriter
 from radargate_pl.callbacks.exact_resume import ExactResume
 from radargate_pl.callbacks.expert_load import ExpertLoadMonitor
+from radargate_pl.callbacks.input_answers import InputAnswers
 from radargate_pl.callbacks.loss_convergence import LossConvergenceMonitor
 from radargate_pl.callbacks.non_finite import NonFiniteGuard
 from radargate_pl.callbacks.parts_table import PartsTable
@@ -31,6 +32,7 @@ DEFAULTS: dict[str, type[Callback]] = {
     "samples": SampleGenerations,
     "results": ResultWriter,
     "benchmarks": BenchmarkWriter,
+    "input_answers": InputAnswers,
     "resource_guard": ResourceGuard,
     "non_finite": NonFiniteGuard,
     "replicas": ReplicaCheck,
@@ -46,6 +48,7 @@ __all__ = [
     "ExactResume",
     "ExpertLoadMonitor",
     "GateAnnouncement",
+    "InputAnswers",
     "LossConvergenceMonitor",
     "NonFiniteGuard",
     "PartsTable",

@@ -78,9 +78,9 @@ class ResultWriter(Callback):
         """Begin with no rows."""
         self._rows = []
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
-        """Keep the answers."""
-        for answer in outputs:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        """Keep the answers; those to prompts of the user's own are another callback's, see InputAnswers."""
+        for answer in [] if "inputs" in batch else outputs:
             accepted = {reference.strip() for reference in answer["references"]}
             self._rows.append({**answer, "exact_match": answer["prediction"] in accepted})
 

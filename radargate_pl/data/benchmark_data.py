@@ -14,7 +14,6 @@ from radargate_pl.data.benchmark_fields import Fields
 from radargate_pl.data.benchmark_files import BenchmarkSource, find_benchmarks, read_fields
 from radargate_pl.data.benchmark_items import Item, ItemMaker
 from radargate_pl.data.benchmark_requests import BenchmarkBatch, RequestCollator, RequestGroup, grouped, share
-from radargate_pl.data.flan import is_encoder_decoder
 from radargate_pl.data.records import BadRecords
 from radargate_pl.data.workers import leave_signals_to_the_main_process
 
@@ -121,7 +120,7 @@ class BenchmarkData(LightningDataModule):
     def encoder(self) -> RequestEncoder:
         """Turns items into token ids; the tokenizer is loaded on first use."""
         if self._encoder is None:
-            from radargate_pl.backbones import load_tokenizer
+            from radargate_pl.backbones import is_encoder_decoder, load_tokenizer
 
             tokenizer = load_tokenizer(self.tokenizer_name)
             closed = is_encoder_decoder(self.tokenizer_name)

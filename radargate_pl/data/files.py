@@ -3,7 +3,7 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -61,7 +61,7 @@ class FileSource:
             ValueError: If the file itself cannot be read.
         """
         try:
-            yield from _parquet(self.path) if self.path.name.endswith(".parquet") else _json_lines(self.path)
+            yield from _parquet(self.path) if self.path.name.endswith(".parquet") else _json_file(self.path)
         except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
             raise ValueError(
                 f"Expected {self.path} to be a readable file ({', '.join(SUFFIXES)}), but reading it failed: {error}. "
@@ -69,12 +69,21 @@ class FileSource:
             ) from error
 
 
-def _json_lines(path: Path) -> Iterator[Line]:
-    """Every line that is not blank; numbers count from 1 and blank lines too, as editors do."""
+def json_lines(place: str, stream: Iterable[bytes]) -> Iterator[Line]:
+    """Every line that is not blank; numbers count from 1 and blank lines too, as editors do.
+
+    Args:
+        place: What messages call it.
+        stream: The lines as bytes.
+    """
+    for number, raw in enumerate(stream, start=1):
+        if raw.strip():
+            yield _json_line(f"{place}:{number}", raw)
+
+
+def _json_file(path: Path) -> Iterator[Line]:
     with _open(path) as stream:
-        for number, raw in enumerate(stream, start=1):
-            if raw.strip():
-                yield _json_line(f"{path}:{number}", raw)
+        yield from json_lines(str(path), stream)
 
 
 def _json_line(where: str, raw: bytes) -> Line:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from radargate_pl.data.cache import Encoded, content_key, read_encoded, write_encoded
 from radargate_pl.data.examples import Collator, EncodedTask, Example, ExampleSet
+from radargate_pl.data.inputs import NAMES_ONLY, OwnPrompt, input_loader, shared_inputs
 from radargate_pl.data.length_windows import LengthWindows, checked_window
 from radargate_pl.data.library import Limits, Task, read_tasks, set_categories
 from radargate_pl.data.mixing import Mixing, MixtureSampler, epoch_counts
@@ -54,6 +55,10 @@ class FlanMixture(LightningDataModule):
         seed: Seed of the order; the run's `seed_everything` when null.
         num_workers: Processes that collate batches; 0 collates in the main one.
         category_of: Categories of tasks, `{task: category}`, where what the records or folders say is not wanted.
+        special_tokens: Whether prompts get the tokenizer's own special tokens (never with a chat template); false where
+            the template in `prompt` writes them, such as the language tokens of multilingual models.
+        inputs: Prompts of your own that `predict` answers instead: JSON lines without answers, a `.txt` file with one
+            prompt a line, or `-` for standard input.
     """
 
     def __init__(  # noqa: PLR0913  flat, because these are what a user types
@@ -75,25 +80,23 @@ class FlanMixture(LightningDataModule):
         seed: int | None = None,
         num_workers: int = 0,
         category_of: dict[str, str] | None = None,
+        special_tokens: bool = True,
+        inputs: str | None = None,
     ) -> None:
         super().__init__()
-        self.limits = Limits(max_examples, validation_examples, test_examples)
-        self.sources = expand(tasks, default_sizes(max_examples, validation_examples, test_examples))
+        self.special_tokens, self.inputs = special_tokens, inputs
+        limits = (max_examples, validation_examples, test_examples) if inputs is None else NAMES_ONLY
+        self.limits = Limits(*limits)
+        self.sources = expand(tasks, default_sizes(*limits))
         self.tokenizer_name = tokenizer
-        self.mixing = mixing
-        self.mixing_cap = mixing_cap
-        self.mixing_temperature = mixing_temperature
-        self.batch_size = batch_size
+        self.mixing, self.mixing_cap, self.mixing_temperature = mixing, mixing_cap, mixing_temperature
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.length_window = checked_window(length_window)
-        self.max_length = max_length
-        self.prompt = prompt
-        self.target = target
-        self.on_bad_record = on_bad_record
-        self.seed = seed
-        self.num_workers = num_workers
+        self.prompt, self.target, self.max_length = prompt, target, max_length
         self.category_of = category_of or {}
-        self.bad_records = BadRecords(on_bad_record)
+        self.on_bad_record, self.bad_records = on_bad_record, BadRecords(on_bad_record)
         self.encoded: dict[tuple[str, Split], Encoded] = {}
+        self.own_prompts: list[OwnPrompt] = []
         self._tasks: list[Task] | None = None
         self._encoder: RecordEncoder | None = None
 
@@ -120,7 +123,7 @@ class FlanMixture(LightningDataModule):
     def encoder(self) -> RecordEncoder:
         """Turns records into token ids; the tokenizer is loaded on first use."""
         if self._encoder is None:
-            from radargate_pl.backbones import load_tokenizer
+            from radargate_pl.backbones import is_encoder_decoder, load_tokenizer
 
             self._encoder = RecordEncoder(
                 load_tokenizer(self.tokenizer_name),
@@ -128,6 +131,7 @@ class FlanMixture(LightningDataModule):
                 self.target,
                 self.max_length,
                 is_encoder_decoder(self.tokenizer_name),
+                self.special_tokens,
             )
         return self._encoder
 
@@ -137,6 +141,8 @@ class FlanMixture(LightningDataModule):
         Raises:
             ValueError: For bad input, or an answer longer than `max_length`.
         """
+        if self.inputs is not None:
+            return
         encoder_key = self.encoder.key()
         new: dict[str, Encoded] = {}
         for task in self.tasks:
@@ -157,6 +163,9 @@ class FlanMixture(LightningDataModule):
         Raises:
             ValueError: If a task has nothing for this stage.
         """
+        if self.inputs is not None:
+            self._read_inputs(stage)
+            return
         encoder_key = self.encoder.key()
         for task in self.tasks:
             for split, records in task.records.items():
@@ -169,6 +178,12 @@ class FlanMixture(LightningDataModule):
         for task in self.tasks:
             if count := self.truncated(task):
                 rank_zero_info(f"task {task.name}: {count} sources lost their middle, max_length is {self.max_length}")
+
+    def _read_inputs(self, stage: str) -> None:
+        if stage != "predict":
+            raise ValueError("Expected inputs with predict alone. Leave inputs out of other commands.")
+        given = (self.inputs, self.encoder, self.task_names, BadRecords(self.on_bad_record))
+        self.own_prompts = shared_inputs(self.trainer, *given)
 
     def truncated(self, task: Task) -> int:
         """How many sources of a task lost their middle, all splits together."""
@@ -227,8 +242,11 @@ class FlanMixture(LightningDataModule):
             )
         return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Example]:
-        """Prompts alone of the test examples, of the validation examples where there are none."""
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Prompts alone: the `inputs`, else the test examples, the validation examples where there are none."""
+        if self.inputs is not None:
+            collator = self.collator(prompts_only=True)
+            return input_loader(self.own_prompts, self.task_names, collator, self.batch_size, self._share())
         return self._loader("test" if len(self.examples("test")) else "validation", prompts_only=True)
 
     def collator(self, prompts_only: bool = False) -> Collator:
@@ -279,15 +297,3 @@ class FlanMixture(LightningDataModule):
         self.prepare_data()
         self.setup("fit")
         return preview(self, n)
-
-
-def is_encoder_decoder(backbone: str) -> bool:
-    """Whether a backbone is an encoder-decoder, from its configuration alone; `.gguf` files are decoder-only here."""
-    from transformers import AutoConfig
-
-    from radargate_pl.backbones import resolve_backbone
-
-    where = resolve_backbone(backbone)
-    if str(where).endswith(".gguf"):
-        return False
-    return bool(AutoConfig.from_pretrained(where).is_encoder_decoder)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from radargate_pl.data.cache import Encoded, pack
 from radargate_pl.data.records import BadRecords, Record
@@ -60,6 +60,14 @@ class PromptFormat:
         return self.prompt.replace(SOURCE, source)
 
 
+class EncodedPrompt(NamedTuple):
+    """A prompt as token ids and as text, and whether its source lost its middle."""
+
+    ids: list[int]
+    text: str
+    truncated: bool
+
+
 class RecordEncoder:
     """Encodes records as prompt ids and answer ids.
 
@@ -72,6 +80,8 @@ class RecordEncoder:
         target: `answer` or `rationale`.
         max_length: Tokens of prompt and answer together; of each of the two for an encoder-decoder backbone.
         is_encoder_decoder: Whether the backbone is one.
+        special_tokens: Whether prompts get the tokenizer's own special tokens. A chat template writes them itself;
+            false where a template of the user's own does.
     """
 
     def __init__(
@@ -81,6 +91,7 @@ class RecordEncoder:
         target: Literal["answer", "rationale"] = "answer",
         max_length: int = 512,
         is_encoder_decoder: bool = False,
+        special_tokens: bool = True,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("Expected the tokenizer to have an end token (eos_token), but it has none.")
@@ -91,6 +102,7 @@ class RecordEncoder:
         self.target = target
         self.max_length = max_length
         self.is_encoder_decoder = is_encoder_decoder
+        self.special_tokens = special_tokens and not self.format.uses_chat_template
 
     def key(self) -> str:
         """Hash of everything but the records that token ids depend on."""
@@ -99,7 +111,7 @@ class RecordEncoder:
         words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
         parts = [words, tokenizer.chat_template, tokenizer.eos_token_id, type(tokenizer).__name__]
         parts += [repr(sorted(tokenizer.init_kwargs.items(), key=str)) if backend is None else ""]
-        parts += [self.format.prompt, self.target, self.max_length, self.is_encoder_decoder, GAP]
+        parts += [self.format.prompt, self.target, self.max_length, self.is_encoder_decoder, self.special_tokens, GAP]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def encode(self, records: Sequence[Record], task: str, bad_records: BadRecords) -> Encoded:
@@ -118,7 +130,7 @@ class RecordEncoder:
             room = self.max_length - (0 if self.is_encoder_decoder else len(answers[number]))
             fits = len(prompts[number]) <= room
             if not fits:
-                prompts[number] = self._shortened(record.source, room)
+                prompts[number] = self._shortened(record.source, room)[0]
             if not prompts[number] or len(answers[number]) > self.max_length:
                 bad_records.add(task, record.where, self._too_long(len(answers[number])))
                 continue
@@ -126,14 +138,26 @@ class RecordEncoder:
             truncated.append(not fits)
         return pack([prompts[i] for i in kept], [answers[i] for i in kept], kept, truncated)
 
-    def _shortened(self, source: str, room: int) -> list[int]:
+    def prompt(self, source: str) -> EncodedPrompt:
+        """The prompt of a source whose answer is not known; a causal model's leaves room for an end token.
+
+        Args:
+            source: The question; a source too long for `max_length` loses its middle. No ids where even that fails.
+        """
+        room = self.max_length - (0 if self.is_encoder_decoder else 1)
+        text = self.format.render(source)
+        ids = self._prompt_ids([text])[0]
+        fits = len(ids) <= room
+        return EncodedPrompt(ids, text, False) if fits else EncodedPrompt(*self._shortened(source, room), True)
+
+    def _shortened(self, source: str, room: int) -> tuple[list[int], str]:
         """The prompt with as much of `source` as fits into `room` tokens; empty if none does."""
 
         def prompt(text: str) -> list[int]:
             return self._prompt_ids([self.format.render(text)])[0]
 
         text = without_middle(source, lambda shorter: len(prompt(shorter)) <= room)
-        return [] if text is None else prompt(text)
+        return ([], "") if text is None else (prompt(text), self.format.render(text))
 
     def _too_long(self, answer_length: int) -> str:
         if self.is_encoder_decoder:
@@ -145,14 +169,16 @@ class RecordEncoder:
         )
 
     def _prompt_ids(self, texts: list[str]) -> list[list[int]]:
-        return prompt_ids(self.tokenizer, texts, not self.format.uses_chat_template, self.is_encoder_decoder)
+        return prompt_ids(self.tokenizer, texts, self.special_tokens, self.is_encoder_decoder)
 
     def _answer_ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of the answers alone and the end token: what comes first is the decoder's (`decoder_start`)."""
         end = self.tokenizer.eos_token_id
-        if self.is_encoder_decoder:
-            rows = _ids(self.tokenizer, text_target=texts)
-            return [row if end in row else [*row, end] for row in rows]
-        return [[*row, end] for row in _ids(self.tokenizer, texts, add_special_tokens=False)]
+        if self.is_encoder_decoder:  # some tokenizers have another vocabulary for targets (Marian)
+            rows = _ids(self.tokenizer, text_target=texts, add_special_tokens=False)
+        else:
+            rows = _ids(self.tokenizer, texts, add_special_tokens=False)
+        return [[*row, end] for row in rows]
 
 
 def without_middle(text: str, fits: Callable[[str], bool]) -> str | None:

@@ -42,7 +42,7 @@ class Record:
     Args:
         id: Name of the example in result files.
         source: The question; an instruction stands before it, separated by a blank line.
-        targets: Accepted answers, at least one; the first one is trained on.
+        targets: Accepted answers, at least one but in prompts of one's own; the first one is trained on.
         where: File and line, for messages.
         rationale: Chain of thought that leads to `targets[0]`, or None.
         choices: Options of a multiple-choice question; empty when there are none.
@@ -102,13 +102,16 @@ class BadRecords:
         )
 
 
-def parse_record(line: Line, fallback_id: str, needs_rationale: bool = False) -> tuple[Record, Placement]:
+def parse_record(
+    line: Line, fallback_id: str, needs_rationale: bool = False, needs_answer: bool = True
+) -> tuple[Record, Placement]:
     """Apply the record rules to one line.
 
     Args:
         line: A line of a source.
         fallback_id: The id of a record that has none of its own.
         needs_rationale: Whether a record without `rationale` is an error.
+        needs_answer: Whether answers are looked for; a record without them is an error then.
 
     Raises:
         ValueError: With the reason alone; the caller adds file and line.
@@ -123,7 +126,7 @@ def parse_record(line: Line, fallback_id: str, needs_rationale: bool = False) ->
     record = Record(
         id=fallback_id if record_id is None else str(record_id),
         source=_source(fields),
-        targets=_targets(fields),
+        targets=_targets(fields) if needs_answer else (),
         where=line.where,
         rationale=rationale,
         choices=tuple(_texts(fields, "choices")),
