@@ -147,6 +147,18 @@ def best_of(row: Row, runs: Path) -> tuple[Path, dict[str, float]]:
     return tried[min(losses, key=lambda rate: losses[rate])], losses
 
 
+def timing_job(row: Row, runs: Path, base: list[str], steps: int) -> Job:
+    """A few steps of a row, for its seconds: those of a run with others beside it mean nothing."""
+    run, words = jobs_of(row, runs / "timing", base)[0]
+    return run, [*words, f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
+
+
+def seconds_a_step(row: Row, runs: Path) -> str:
+    """Of the timed steps of a fit; a dash for a rule."""
+    told = summary(folder(runs / "timing", row, (row.rates or ("",))[0]))
+    return f"{told['seconds']['train'] / told['steps']:.2f}" if told else "-"
+
+
 def table(all_rows: list[Row], runs: Path) -> str:
     """The table, as Markdown."""
     tried = " / ".join(RATES)
@@ -155,17 +167,15 @@ def table(all_rows: list[Row], runs: Path) -> str:
     for row in all_rows:
         run, losses = best_of(row, runs)
         told = summary(run)
-        steps, seconds = told["steps"], told["seconds"].get("train")
         cells = [row.name, f"{told['mean']['loss']:.4f}", f"{told['mean']['exact_match']:.2f}"]
         cells += [min(losses, key=lambda name: losses[name]), " / ".join(f"{loss:.4f}" for loss in losses.values())]
-        cells += [f"{told['parameters']['trainable']:,}"]
-        cells += [f"{seconds / steps:.2f}" if row.command == "fit" and seconds and steps else "-"]
+        cells += [f"{told['parameters']['trainable']:,}", seconds_a_step(row, runs)]
         lines.append([*cells, f"{told['peak_memory_bytes'] / 1e9:.1f}"])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def main() -> None:
-    """Trains the library, then fits or validates every row, then writes the table."""
+def arguments() -> argparse.Namespace:
+    """What was typed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", choices=sorted(LIBRARIES), required=True)
     parser.add_argument("--data", required=True, help="folder of flan_cot/ and niv2/")
@@ -174,10 +184,18 @@ def main() -> None:
     parser.add_argument("--experts", help="folder of the library's experts, if they are trained already")
     parser.add_argument("--expert_steps", type=int, default=250)
     parser.add_argument("--gate_steps", type=int, default=80)
+    parser.add_argument(
+        "--timed_steps", type=int, default=8, help="steps of each row that are timed, one run after another"
+    )
     parser.add_argument("--rows", nargs="*", help="only the rows whose name begins so")
     parser.add_argument("--backbone", default="smollm2-135m-q4", help="of configs and last_config")
     parser.add_argument("--last_config", default=str(HERE / "cpu.yaml"), help="config after all others")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Trains the library, then fits or validates every row, times the fits, and writes the table."""
+    args = arguments()
     runs, last = Path(args.runs).resolve() / args.library, Path(args.last_config).resolve()
     library = LIBRARIES[args.library]
     configs, places = library.configs, [str(Path(args.data).resolve() / place) for place in library.places]
@@ -199,6 +217,9 @@ def main() -> None:
     jobs = [job for row in over for job in jobs_of(row, runs, base)]
     jobs += [job for row in own for job in jobs_of(row, runs, training)]
     in_parallel(jobs, args.workers, last)
+    timed = [timing_job(row, runs, base, args.timed_steps) for row in over if row.command == "fit"]
+    timed += [timing_job(row, runs, training, args.timed_steps) for row in own]
+    in_parallel(timed, 1, last)
     (runs / "table.md").write_text(table([*over, *own], runs))
     print(table([*over, *own], runs))
 
