@@ -16,6 +16,7 @@ from radargate_pl.data.benchmark_items import Item, ItemMaker
 from radargate_pl.data.benchmark_requests import BenchmarkBatch, RequestCollator, RequestGroup, grouped, share
 from radargate_pl.data.records import BadRecords
 from radargate_pl.data.workers import leave_signals_to_the_main_process
+from radargate_pl.scoring.optional_packages import check_packages
 
 NAMED = 10  # items that a message names
 
@@ -88,10 +89,9 @@ class BenchmarkData(LightningDataModule):
         self._requests: dict[str, list[Request]] = {}
         self._reserved: dict[str, tuple[str, ...]] = {}
         self._encoder: RequestEncoder | None = None
-        for source in self.sources:
-            ItemMaker(
-                source.benchmark, self.protocol_of(source.benchmark)
-            )  # refuses a protocol before anything is read
+        for source in self.sources:  # what cannot be asked or scored is refused before anything is read
+            ItemMaker(source.benchmark, self.protocol_of(source.benchmark))
+            check_packages(source.benchmark.metrics, source.benchmark.name)
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 
 import pytest
 from conftest import save_tokenizer
@@ -182,3 +183,10 @@ def test_lightning_may_not_divide_them_again(root, tokenizer):
     data.trainer = Trainer(0, 2, divides=True)
     with pytest.raises(ValueError, match="use_distributed_sampler to be false"):
         data.test_dataloader()
+
+
+def test_a_task_that_cannot_be_scored_is_refused_at_once(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    message = r"the package sacrebleu for the bleu of wmt14_en_de.*pip install 'radargate-pl\[benchmarks\]'"
+    with pytest.raises(ValueError, match=message):
+        BenchmarkData(["wmt14_en_de"], tokenizer)
