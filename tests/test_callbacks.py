@@ -1,4 +1,5 @@
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -207,13 +208,16 @@ def test_every_callback_together_logs_nothing_twice(library, tmp_path):
     assert {"gate/entropy", "train/loss_ema", f"gate/{LAYERS[0]}/angle_rms", f"gate/{LAYERS[0]}/load/add"} <= names
 
 
-def test_every_callback_works_without_a_logger_in_every_command(library, tmp_path):
+def test_every_callback_works_without_a_logger_in_every_command(library, tmp_path, capsys):
     every = [make() for make in package.DEFAULTS.values()]
     lm = gated_lm(library, lr=5e-2)
     run = fit(lm, tmp_path, *every, enable_progress_bar=True)
     run.validate(lm, datamodule=two_row_batches(), verbose=False)
     run.test(lm, datamodule=two_row_batches(), verbose=False)
     run.predict(lm, datamodule=two_row_batches())
+    said = capsys.readouterr().err
+    for command in ("test", "predict"):
+        assert re.search(rf"^{command}: batch (\d+)/\1  0 s$", said, re.MULTILINE), said
     expected = {"angles.csv", "checkpoints", "convergence.json", "gate", "predict", "summary.json", "test"}
     assert {path.name for path in tmp_path.iterdir()} == expected
     found = read_json(tmp_path / "summary.json")

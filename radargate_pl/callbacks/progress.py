@@ -12,7 +12,7 @@ from torch import Tensor
 class RunProgressBar(TQDMProgressBar):
     """Lightning's bar with loss, learning rate and tokens per second.
 
-    Without a terminal (in a job's log) it prints a line every tenth of the run instead.
+    Without a terminal (in a job's log) it prints a line every tenth of the fit, test or prediction instead.
 
     Args:
         refresh_rate: batches between two updates; reading the loss makes the device wait, so not every batch.
@@ -43,6 +43,33 @@ class RunProgressBar(TQDMProgressBar):
                 done, speed = pl_module.completed_step, self._tokens_per_second()
                 line = f"loss {float(done.loss):.4f}  lr {done.learning_rate:.3g}  {speed:.0f} tokens/s"
                 print(f"step {done.step}/{total}  {line}", file=sys.stderr, flush=True)
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        super().on_test_start(trainer, pl_module)
+        self._restart()
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, *rest: Any) -> None:
+        """Say how far the test is."""
+        super().on_test_batch_end(trainer, pl_module, *rest)
+        self._say_share("test", trainer, rest[2] + 1, trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        super().on_predict_start(trainer, pl_module)
+        self._restart()
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, *rest: Any) -> None:
+        """Say how far the prediction is."""
+        super().on_predict_batch_end(trainer, pl_module, *rest)
+        self._say_share("predict", trainer, rest[2] + 1, trainer.num_predict_batches)
+
+    def _say_share(self, command: str, trainer: Trainer, done: int, batches: list[int | float]) -> None:
+        """A line every tenth of the batches of this process, where there is no bar."""
+        total = sum(batches)
+        if self.is_disabled and trainer.is_global_zero and done % max(1, total // 10) == 0:
+            seconds = time.perf_counter() - self._begun
+            print(f"{command}: batch {done}/{total}  {seconds:.0f} s", file=sys.stderr, flush=True)
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, int | str | float | dict[str, float]]:
         """Loss, learning rate and tokens per second of this process since the last validation."""
