@@ -1,7 +1,8 @@
-"""Where a fit stands between a training step and the validation that follows it (layer 5).
+"""Where a fit stands: between a training step and the validation that follows it, and in which epoch (layer 5).
 
-Lightning's loops decide in private methods whether a validation is due, and a checkpoint that was written just before
-one makes a resumed fit skip it. Both are dealt with here and nowhere else.
+Lightning's loops decide in private methods whether a validation is due; a checkpoint that was written just before one
+makes a resumed fit skip it; and a fit that goes on from the end of an epoch counts the next one as done, but not as
+begun. All three are dealt with here and nowhere else.
 """
 
 from typing import Any
@@ -44,3 +45,17 @@ def mark_validation_as_begun(checkpoint: dict[str, Any]) -> None:
         # Not "at the end of a batch": Lightning would take the last batch of an epoch for the end of that epoch.
         loop[TRAINING][part]["completed"] = loop[TRAINING][part]["processed"]
     loop[VALIDATION]["is_last_batch"] = False
+
+
+def count_epoch_as_begun(trainer: Trainer) -> None:
+    """Count the epoch under way as begun, once and no more, whatever a resumed fit has made of it.
+
+    Lightning leaves it out where a checkpoint was written behind the last batch of an epoch. A checkpoint at the end of
+    a later epoch then looks as if that epoch had been finished, and a fit that goes on from it repeats its data.
+
+    Args:
+        trainer: inside an epoch.
+    """
+    progress = trainer.fit_loop.epoch_progress
+    for counts in (progress.total, progress.current):
+        counts.ready = counts.started = counts.processed + 1

@@ -18,7 +18,7 @@ from tiny_runs import (
 )
 
 from radargate_pl.atomic_files import link_or_copy, save_atomically, write_json, write_text
-from radargate_pl.callbacks import RunCheckpoint
+from radargate_pl.callbacks import ExactResume, RunCheckpoint
 from radargate_pl.checkpoint import load_checkpoint, restore_network, store_network
 from radargate_pl.gates import RadarGate, StretchGate, UniformGate
 
@@ -176,6 +176,29 @@ def test_a_resumed_fit_equals_one_that_never_stopped(library, tmp_path):
     moments = [last(tmp_path / part)["optimizer_states"][0]["state"] for part in ("whole", "parts")]
     for index, state in moments[0].items():
         assert torch.equal(state["exp_avg"], moments[1][index]["exp_avg"])
+
+
+@pytest.mark.parametrize("limit_val_batches", [0, 1])
+def test_a_fit_that_goes_on_from_the_ends_of_two_epochs_counts_them_as_one_that_never_stopped(
+    library, tmp_path, limit_val_batches
+):
+    def go(name, steps, resume=None):
+        callbacks = [RunCheckpoint(every_n_steps=1, keep=-1), ExactResume()]
+        options = {"callbacks": callbacks, "limit_val_batches": limit_val_batches, "val_check_interval": 2}
+        fit(gated_lm(library), tmp_path / name, steps, resume, check_val_every_n_epoch=None, **options)
+
+    def at(name, step):
+        return tmp_path / name / f"checkpoints/step={step:08d}.ckpt"
+
+    go("whole", 10)  # epochs of four batches
+    go("first", 10, at("whole", 4))
+    go("second", 10, at("first", 8))
+    for name, steps in (("first", (5, 8, 10)), ("second", (9, 10))):
+        for step in steps:
+            expected, found = load_checkpoint(str(at("whole", step))), load_checkpoint(str(at(name, step)))
+            assert found["epoch"] == expected["epoch"]
+            counts = [one["loops"]["fit_loop"]["epoch_progress"] for one in (expected, found)]
+            assert counts[0] == counts[1], (name, step)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])

@@ -15,7 +15,13 @@ from radargate_pl.optimizer_settings import (
 )
 from radargate_pl.processes import gathered
 from radargate_pl.random_state import random_state, seed_rank, set_random_state
-from radargate_pl.validation_state import TRAINING, is_between_steps, mark_validation_as_begun, validation_follows
+from radargate_pl.validation_state import (
+    TRAINING,
+    count_epoch_as_begun,
+    is_between_steps,
+    mark_validation_as_begun,
+    validation_follows,
+)
 
 SECTION = "resume"
 
@@ -106,10 +112,16 @@ class ExactResume(Callback):
             lines += apply_optimizer_changes(before, now, optimizer, schedulers)
         return lines
 
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """See to the count of epochs, where a resumed fit begins with a validation: a checkpoint follows it."""
+        if self._must_restore:
+            count_epoch_as_begun(trainer)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Put the random numbers back, at the last moment before they are used."""
         if not self._must_restore:
             return
+        count_epoch_as_begun(trainer)
         assert self._resumed is not None, "set together"
         self._must_restore = False
         states = self._resumed["random_states"]
