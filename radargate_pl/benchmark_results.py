@@ -19,28 +19,38 @@ def scores_of(benchmark: Benchmark, protocol: Protocol, rows: Sequence[Mapping[s
         rows: lines of ``predictions.jsonl``, at least one.
 
     Returns:
-        ``score`` and ``metrics`` with their 95 % intervals, ``n``, ``majority`` (share of the most frequent position of
-        the right choice) and ``chance``, both ``None`` for open questions, and ``truncated`` (prompts that lost their
-        middle).
+        ``score`` and ``metrics`` with their 95 % intervals, ``n``, ``majority`` and ``chance``, what the score is for
+        the most frequent position of the right choice and for a choice by lot (``None`` for open questions), and
+        ``truncated`` (prompts that lost their middle).
     """
     labels = [str(label) for label in benchmark.labels]
     metrics = {
         name: measure(name, [_scored(row, row["correct"]) for row in rows], labels) for name in benchmark.metrics
     }
-    has_choices = all(row.get("choices") for row in rows)
     if protocol == "ranking":
         by_bytes = [_scored(row, row["choices"][row["chosen_bytes"]] == row["answer"]) for row in rows]
         metrics["accuracy_bytes"] = measure("accuracy", by_bytes)
     first = benchmark.metrics[0]
+    majority, chance = _levels(first, rows)
     return {
         "score": {"name": first, **_numbers(metrics[first])},
         "metrics": {name: {**_numbers(found), "n": found.n} for name, found in metrics.items()},
         "n": len(rows),
-        "majority": majority_level([str(row["choices"].index(row["answer"])) for row in rows]) if has_choices else None,
-        "chance": chance_level([len(row["choices"]) for row in rows]) if has_choices else None,
+        "majority": majority,
+        "chance": chance,
         "truncated": sum(row["truncated"] for row in rows),
         "gate_summary": mean_gate_summary([row["gate"] for row in rows]),
     }
+
+
+def _levels(score: str, rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
+    """What whoever always takes the most frequent choice gets, and whoever draws lots."""
+    if not all(row.get("choices") for row in rows):
+        return None, None
+    if score == "matthews":
+        return 0.0, 0.0  # no correlation with anything, in both cases
+    positions = [str(row["choices"].index(row["answer"])) for row in rows]
+    return majority_level(positions), chance_level([len(row["choices"]) for row in rows])
 
 
 def _scored(row: Mapping[str, Any], is_correct: bool) -> Row:

@@ -116,6 +116,12 @@ def _difference(what: str, saved: str, present: str, *, is_refused: bool) -> Ite
 def _state_problems(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Iterable[str]:
     if missing := sorted(present.keys() - saved.keys()):
         yield f"parameters missing in the checkpoint: {_some(missing)}"
+        if any(".bank." in name for name in missing):
+            yield (
+                "(experts that train are made for the tasks of the data. To use the trained ones on other tasks: "
+                "--model.network.init_args.experts RUN/experts --model.network.init_args.train gate "
+                "--trainer.default_root_dir ANOTHER, and no --ckpt_path)"
+            )
     if extra := sorted(saved.keys() - present.keys()):
         yield f"parameters the network does not have: {_some(extra)}"
     for name in sorted(saved.keys() & present.keys()):

@@ -19,6 +19,8 @@ from tiny_benchmarks import COUNTS, After, benchmark_lm, files_of, lines_of, run
 from tiny_models import batch_of, network_of
 from tiny_runs import adapters, read_json
 
+from radargate_pl.benchmark_results import scores_of
+from radargate_pl.benchmarks import BENCHMARKS
 from radargate_pl.cli import main
 from radargate_pl.gates import StretchGate
 from radargate_pl.prompt_gates import record_prompts
@@ -99,6 +101,15 @@ def test_results_and_summary(undisturbed: Path) -> None:
     assert summary["tasks"]["sst2"]["score"] == sst2["score"]
     assert {task: values["n"] for task, values in summary["tasks"].items()} == COUNTS
     assert summary["rotation"]["rms_angle_rad"] > 0
+
+
+def test_levels_are_those_of_the_score() -> None:
+    """Who always says the same, or draws lots, has no correlation with anything."""
+    row = {"correct": True, "output": "no", "extracted": "no", "answer": "no", "choices": ["no", "yes"]}
+    rows = [{**row, "chosen_bytes": 0, "truncated": False, "gate": {"top_expert_share": {}, "rms_angle_rad": None}}] * 3
+    for name, levels in (("cola", (0.0, 0.0)), ("sst2", (1.0, 0.5))):
+        found = scores_of(BENCHMARKS[name], "ranking", rows)
+        assert (found["majority"], found["chance"]) == levels
 
 
 def test_a_report_over_losses_says_where_scores_are(undisturbed: Path) -> None:

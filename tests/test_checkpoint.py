@@ -90,6 +90,16 @@ def test_another_network_is_refused_by_name_with_both_values(network, message, i
     assert network.loaded is None
 
 
+def test_a_test_of_trained_experts_on_other_tasks_is_told_the_way(tmp_path):
+    fit(expert_lm(partial(torch.optim.AdamW, lr=1e-2)), tmp_path, 1)
+    lm = expert_lm(partial(torch.optim.AdamW, lr=1e-2))
+    others = data()
+    others.categories = {"sst2": None}
+    others.task_names = ("sst2",)
+    with pytest.raises(ValueError, match=r"--model\.network\.init_args\.experts RUN/experts"):
+        trainer(tmp_path).test(lm, datamodule=others, ckpt_path=tmp_path / "checkpoints" / "last.ckpt", verbose=False)
+
+
 def test_all_differences_are_told_at_once():
     network = FakeNetwork(gate="StretchGate()", names=("W",), backbone="sha256:x")
     with pytest.raises(ValueError, match="does not fit") as refusal:

@@ -23,7 +23,7 @@ class BenchmarkSource:
     Args:
         benchmark: What it is.
         path: A file, or None for the hub.
-        category: Category of a file of natural instructions.
+        category: Category of a file of natural instructions; of a fitting task of FLAN, its own name.
     """
 
     benchmark: Benchmark
@@ -64,7 +64,8 @@ def _source(name: str, root: Path | None, instructions: dict[str, Path]) -> Benc
         path = _file_of(name, root)
         if path is None and benchmark.hub is None:
             raise ValueError(f"Expected benchmark {name!r} to have a file, for it has no hub data set.\n{_put(name)}")
-        return BenchmarkSource(benchmark, path)
+        # A fitting task belongs to the expert that was trained on it, wherever that is called by the task's own name.
+        return BenchmarkSource(benchmark, path, name.removeprefix("cot_") if name.startswith("cot_") else None)
     if name in instructions:
         category = instructions[name].parent.name
         return BenchmarkSource(natural_instruction(name, category), instructions[name], category)
@@ -134,16 +135,20 @@ def read_fields(source: BenchmarkSource, bad_records: BadRecords) -> list[Fields
 
 
 def _file_fields(source: BenchmarkSource, bad_records: BadRecords) -> Iterator[Fields]:
-    """Examples of a file; lines that say to be of another split than test are not of the benchmark."""
+    """Examples of a file; lines that say to be of another split than the scored one are not of the benchmark."""
     assert source.path is not None
-    name = source.benchmark.name
+    name, hub = source.benchmark.name, source.benchmark.hub
+    scored, left_out = {"test", SPLIT_WORDS.get(hub.split, "test") if hub else "test"}, 0
     for number, line in enumerate(FileSource(source.path, name).lines()):
-        if SPLIT_WORDS.get(str((line.fields or {}).get("split", "test")).lower(), "test") != "test":
+        if SPLIT_WORDS.get(str((line.fields or {}).get("split", "test")).lower(), "test") not in scored:
+            left_out += 1
             continue
         try:
             yield read_line(source.benchmark, line, f"{name}-{number}")
         except ValueError as error:
             bad_records.add(name, line.where, str(error))
+    if left_out:
+        rank_zero_info(f"task {name}: left out {left_out} lines of other splits than {' and '.join(sorted(scored))}")
 
 
 def _hub_fields(benchmark: Benchmark, bad_records: BadRecords) -> Iterator[Fields]:

@@ -269,3 +269,21 @@ def test_solutions_without_an_answer():
         last_boxed("12")
     with pytest.raises(ValueError, match="do not close"):
         last_boxed("\\boxed{1")
+
+
+def test_the_split_that_is_scored_counts_whatever_it_is_called(tmp_path, caplog):
+    row = {"inputs": {"sentence": "good"}, "choices": ["negative", "positive"], "answer": "positive", "answer_index": 1}
+    splits = ("validation", "test", "dev", "train")
+    rows = [{**row, "id": split, "split": split} for split in splits]
+    (tmp_path / "sst2.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with caplog.at_level("INFO"):
+        items, bad_records = read("sst2", tmp_path)
+    assert [item.id for item in items] == ["validation", "test", "dev"]
+    assert not bad_records.problems
+    assert "task sst2: left out 1 lines of other splits than test and validation" in caplog.text
+
+
+def test_a_fitting_task_belongs_to_the_expert_of_its_name(tmp_path):
+    (tmp_path / "aqua.test.jsonl").write_text("{}\n")
+    (source,) = find_benchmarks("cot_aqua", str(tmp_path))
+    assert source.category == "aqua"
