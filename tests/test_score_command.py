@@ -291,7 +291,10 @@ def test_questions_without_choices_and_answers_without_numbers(score):
     assert (
         "no choices; the options of arc_easy differ" in score([{"id": 1, "output": "B", "answer": "B"}], "arc_easy")[3]
     )
-    assert "to be a number, but got 'many'" in score([{"id": 1, "output": "7", "answer": "many"}], "gsm8k")[3]
+    assert (
+        "to be a number of at most 50 digits, but got 'many'"
+        in score([{"id": 1, "output": "7", "answer": "many"}], "gsm8k")[3]
+    )
 
 
 def test_texts_of_a_private_task_are_not_shown(score):
