@@ -79,6 +79,27 @@ CHOICES = [
     ("(A)? (B)? (C)?", MOON, 2),
     ("(A) is too hot and (D) is too far, so (B)", MOON, 1),
     ("It is New York City, I think", ("New York", "New York City"), 1),
+    # options restated, and a letter that a later statement takes back
+    ("A) the sun\nB) the moon\nAnswer: B", MOON, 1),
+    ("(A) 12 (B) 24 (C) 36. The answer is (B).", ("12", "24", "36"), 1),
+    ("A. the sun\nB. the moon\nC. Paris\nD. London Bridge\nThe correct answer is C.", MOON, 2),
+    ("A. It is hot.\nSo the answer is B.", MOON, 1),
+    ("A\nWait, the answer is B.", MOON, 1),
+    ("A: the sun\nB: the moon\nAnswer: (B)", MOON, 1),
+    ("B\nOption (A) is too hot.", MOON, 1),
+    ("B. It is cold. (A) is too hot.", MOON, 1),
+    ("(B) the moon\nExplanation: it is cold.", MOON, 1),
+    # a capital letter at the end
+    ("I think it's B.", MOON, 1),
+    ("Sure! B", MOON, 1),
+    ("It is not B.", MOON, None),
+    ("It is between A and B.", MOON, None),
+    ("The moon, which gives no vitamin D.", MOON, 1),
+    # neither of two
+    ("neither positive nor negative", ("negative", "positive"), None),
+    ("It is neither very positive nor very negative.", ("negative", "positive"), None),
+    ("Neither (A) nor (B)", YES_NO, None),
+    ("Not negative, nor sad.", ("negative", "positive"), 1),
     # yes and no inside longer text
     ("No, because there is a yes in it.", YES_NO, 1),
     ("I see no reason to doubt it. Therefore the answer is yes.", YES_NO, 0),
