@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,11 +57,11 @@ def main(words: Sequence[str]) -> int:
             f"Expected --output to name a new file, but {options.output} exists; name another or add --overwrite true."
         )
     benchmark = find_benchmark(options.task, options.category)
-    predictions = read_predictions(options.predictions, with_output=True)
+    predictions = _in_labels(benchmark, read_predictions(options.predictions, with_output=True))
     if options.references is None:
         lines = list(predictions.values())
     else:
-        references = read_predictions(options.references, with_output=False)
+        references = _in_labels(benchmark, read_predictions(options.references, with_output=False))
         lines = with_references(predictions, references, (options.predictions, options.references))
     judged = judge_all(benchmark, lines, options.predictions)
     summary = summarise(benchmark, judged)
@@ -96,7 +97,7 @@ def judge_all(benchmark: Benchmark, predictions: Sequence[Prediction], path: Pat
 
     Args:
         benchmark: the task.
-        predictions: its predictions.
+        predictions: its predictions; where the data have names for the labels, with the labels themselves.
         path: their file, for messages.
 
     Raises:
@@ -150,28 +151,48 @@ def _judge(benchmark: Benchmark, prediction: Prediction) -> Judged:
     if not prediction.answers:
         raise ValueError("no answer (nor target, nor targets); add it, or name a file that has it as --references")
     assert prediction.output is not None
-    choices: tuple[str, ...] = ()
+    reference = Reference(prediction.answers)
     if benchmark.answer_format == "choice":
-        choices = prediction.choices or _labels(benchmark, prediction.answers)
-        if not choices:
+        reference = reference._replace(choices=prediction.choices or benchmark.labels)
+        if not reference.choices:
             raise ValueError(f"no choices; the options of {benchmark.name} differ from question to question")
-    judgement = judge(benchmark.answer_format, prediction.output, Reference(prediction.answers, choices))
-    answer, extracted = prediction.answers[0], judgement.extracted
-    if choices:
-        # The reference as the option it names, and both as the task's own label where the data call it otherwise.
-        named = judge("choice", answer, Reference((answer,), choices)).extracted or answer
-        answer, extracted = _label(benchmark, named), None if extracted is None else _label(benchmark, extracted)
-    row = Row(judgement.correct, extracted, answer, prediction.output, judgement.value)
-    return Judged(prediction, choices, judgement, row)
+    judgement = _judge_output(benchmark, prediction.output, reference)
+    answer = prediction.answers[0]
+    if reference.choices:  # the reference as the option it names
+        answer = judge("choice", answer, reference).extracted or answer
+    row = Row(judgement.correct, judgement.extracted, answer, prediction.output, judgement.value)
+    return Judged(prediction, reference.choices, judgement, row)
 
 
-def _labels(benchmark: Benchmark, answers: Sequence[str]) -> tuple[str, ...]:
-    """The options of a line that has none of its own: the task's labels, or what the data call them."""
-    return benchmark.names if benchmark.names and answers[0] in benchmark.names else benchmark.labels
+def _judge_output(benchmark: Benchmark, output: str, reference: Reference) -> Judgement:
+    """Look for labels, which the prompt asks for, and where there is none for the names of the labels."""
+    judgement = judge(benchmark.answer_format, output, reference)
+    if judgement.extracted is not None or not benchmark.names:
+        return judgement
+    names = dict(zip(benchmark.labels, benchmark.names, strict=True))
+    answers, choices = (tuple(names.get(text, text) for text in texts) for texts in reference[:2])
+    named = judge(benchmark.answer_format, output, Reference(answers, choices))
+    if named.extracted is None:
+        return judgement
+    return named._replace(extracted=reference.choices[choices.index(named.extracted)])
 
 
-def _label(benchmark: Benchmark, choice: str) -> str:
-    return benchmark.labels[benchmark.names.index(choice)] if choice in benchmark.names else choice
+def _in_labels(benchmark: Benchmark, lines: Mapping[str, Prediction]) -> dict[str, Prediction]:
+    """Lines with the task's labels for what the data call them, so that files of either kind agree."""
+    labels = {_key(name): label for name, label in zip(benchmark.names, benchmark.labels, strict=False)}
+    labels |= {_key(label): label for label in benchmark.labels if benchmark.names}
+
+    def translated(texts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(labels.get(_key(text), text) for text in texts)
+
+    return {
+        id: replace(line, answers=translated(line.answers), choices=translated(line.choices))
+        for id, line in lines.items()
+    }
+
+
+def _key(text: str) -> str:
+    return " ".join(text.replace("_", " ").split()).casefold()
 
 
 def _score_line(judged: Judged) -> dict[str, Any]:

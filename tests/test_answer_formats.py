@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import sacrebleu
 
@@ -77,6 +79,27 @@ CHOICES = [
     ("(A)? (B)? (C)?", MOON, 2),
     ("(A) is too hot and (D) is too far, so (B)", MOON, 1),
     ("It is New York City, I think", ("New York", "New York City"), 1),
+    # options restated, and a letter that a later statement takes back
+    ("A) the sun\nB) the moon\nAnswer: B", MOON, 1),
+    ("(A) 12 (B) 24 (C) 36. The answer is (B).", ("12", "24", "36"), 1),
+    ("A. the sun\nB. the moon\nC. Paris\nD. London Bridge\nThe correct answer is C.", MOON, 2),
+    ("A. It is hot.\nSo the answer is B.", MOON, 1),
+    ("A\nWait, the answer is B.", MOON, 1),
+    ("A: the sun\nB: the moon\nAnswer: (B)", MOON, 1),
+    ("B\nOption (A) is too hot.", MOON, 1),
+    ("B. It is cold. (A) is too hot.", MOON, 1),
+    ("(B) the moon\nExplanation: it is cold.", MOON, 1),
+    # a capital letter at the end
+    ("I think it's B.", MOON, 1),
+    ("Sure! B", MOON, 1),
+    ("It is not B.", MOON, None),
+    ("It is between A and B.", MOON, None),
+    ("The moon, which gives no vitamin D.", MOON, 1),
+    # neither of two
+    ("neither positive nor negative", ("negative", "positive"), None),
+    ("It is neither very positive nor very negative.", ("negative", "positive"), None),
+    ("Neither (A) nor (B)", YES_NO, None),
+    ("Not negative, nor sad.", ("negative", "positive"), 1),
     # yes and no inside longer text
     ("No, because there is a yes in it.", YES_NO, 1),
     ("I see no reason to doubt it. Therefore the answer is yes.", YES_NO, 0),
@@ -238,8 +261,46 @@ def test_any_accepted_number_counts():
 @pytest.mark.parametrize("answer", ["seven", "", "3 and 4"])
 def test_a_reference_that_is_no_number(answer):
     assert number_of(answer) is None
-    with pytest.raises(ValueError, match="Expected the answer to be a number"):
+    with pytest.raises(ValueError, match="Expected the answer to be a number of"):
         judge("number", "7", Reference((answer,)))
+
+
+HUGE = [
+    "the answer is 1e99999999",
+    "1e-99999999",
+    "1e51",
+    "1E+0999",
+    "1/" + "7" * 5000,
+    "7" * 5000,
+    "-" + "7" * 5000 + ".5",
+    "0." + "3" * 5000,
+    "2 1/" + "7" * 5000,
+    "2 " + "7" * 5000 + "/3",
+    r"\frac{" + "7" * 5000 + "}{3}",
+]
+
+
+@pytest.mark.parametrize("output", HUGE, ids=lambda output: output[:24])
+def test_numbers_too_long_to_compare_are_found_but_wrong(output):
+    """Exact values would fill the memory (1e99999999), and Python refuses to read more than 4300 digits."""
+    begun = time.monotonic()
+    found = judge("number", output, Reference(("7",)))
+    assert found.extracted is not None
+    assert not found.correct
+    assert time.monotonic() - begun < 5
+    assert number_of(output) is None
+
+
+@pytest.mark.parametrize("output", ["1/0x", "5/0kg", "1 1/0x", "1/00_", r"\frac{1}{0}", "1/0", "1e5x", "1e", "/0", "-"])
+def test_no_output_raises(output):
+    assert not judge("number", output, Reference(("7",))).correct
+
+
+def test_numbers_of_fifty_digits_are_compared():
+    digits = "1234567890" * 5
+    assert judge("number", f"#### {digits}", Reference((digits,))).correct
+    assert not judge("number", f"#### {digits[:-1]}1", Reference((digits,))).correct
+    assert judge("number", "1e50", Reference(("10e49",))).correct
 
 
 # ---- translation ----

@@ -103,6 +103,53 @@ def test_different_formulas(one, other):
     assert not equal_mathematics(one, other)
 
 
+@pytest.mark.parametrize("number", ["7" * 5000, "0." + "3" * 5000, rf"\frac{{{'7' * 5000}}}{{3}}", "1e99999999"])
+def test_numbers_too_long_to_compare_are_wrong(number, monkeypatch):
+    assert not judge("math", rf"\boxed{{{number}}}", Reference(("7",))).correct
+    monkeypatch.setattr(equivalence, "is_installed", lambda: False)
+    assert not judge("math", rf"\boxed{{{number}}}", Reference(("7",))).correct
+    assert judge("math", rf"\boxed{{{number}}}", Reference((number,))).correct
+
+
+# What is no number is not compared as the number in it.
+NO_NUMBERS = [
+    ("5!", "5"),
+    ("|-3|", "-3"),
+    ("[3]", "3"),
+    ("5'", "5"),
+    ("3-", "3"),
+    ("*3", "3"),
+    ("3:", "3"),
+    ("{3", "3"),
+]
+NUMBERS = [
+    ("0.50", r"\frac{1}{2}"),
+    (r"1\frac{1}{2}", "1.5"),
+    (r"-\frac{3}{4}", "-0.75"),
+    ("+3", "3.0"),
+    (r"1{,}000.0", "1000"),
+    ("-7/2", "-3.5"),
+    ("{5}", "5.0"),
+]
+
+
+@pytest.mark.parametrize("has_verifier", [True, False])
+@pytest.mark.parametrize(("formula", "number"), NO_NUMBERS)
+def test_a_formula_is_not_the_number_in_it(formula, number, has_verifier, monkeypatch):
+    if has_verifier and formula in ("[3]", "5'"):
+        pytest.skip("Math-Verify itself reads brackets as parentheses and a prime as nothing")
+    if not has_verifier:
+        monkeypatch.setattr(equivalence, "is_installed", lambda: False)
+    assert not equal_mathematics(number, formula)
+    assert not equal_mathematics(formula, number)
+
+
+@pytest.mark.parametrize(("one", "other"), NUMBERS)
+def test_numbers_are_compared_by_value(one, other, monkeypatch):
+    monkeypatch.setattr(equivalence, "is_installed", lambda: False)
+    assert equal_mathematics(one, other)
+
+
 def test_the_comma_of_a_pair_is_no_separator():
     assert normalised("(1,000)") != normalised("(1000)")
     assert normalised("1,000") == normalised("1000")

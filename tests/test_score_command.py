@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
+from radargate_pl.benchmarks import BENCHMARKS
 from radargate_pl.cli import main
 from radargate_pl.scoring.intervals import wilson
 
@@ -127,6 +128,70 @@ def test_labels_as_the_data_call_them(score):
     assert first["metrics"]["f1"]["value"] == pytest.approx(2 / 3)
 
 
+GLUE = {
+    "sst2": {"negative": "negative", "positive": "positive"},
+    "wnli": {"not_entailment": "False", "entailment": "True"},
+    "qnli": {"entailment": "yes", "not_entailment": "no"},
+    "qqp": {"not_duplicate": "no", "duplicate": "yes"},
+    "mnli": {"entailment": "True", "neutral": "Neither", "contradiction": "False"},
+    "rte": {"entailment": "True", "not_entailment": "False"},
+    "cola": {"unacceptable": "no", "acceptable": "yes"},
+}
+
+
+def glue_file(task, **extra):
+    """Lines of a task's data: the answers and choices are what the data call the labels."""
+    return [{"id": i, "choices": list(GLUE[task]), "answer": name, **extra} for i, name in enumerate(GLUE[task])]
+
+
+def test_every_task_of_glue_is_among_these():
+    assert set(GLUE) == {benchmark.name for benchmark in BENCHMARKS.values() if benchmark.names}
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_right_answers_are_right_whatever_the_data_call_them(score, tmp_path, task):
+    """Prompts ask for labels (`True`), the data have names (`entailment`), `radargate test` writes labels."""
+    data = write(tmp_path / "data.jsonl.gz", glue_file(task))
+    labels = list(GLUE[task].values())
+    asked = [{"id": i, "output": f" {label}"} for i, label in enumerate(labels)]
+    written = [{**row, "task": task, "choices": labels, "answer": labels[row["id"]]} for row in asked]
+    by_name = [{"id": i, "output": name} for i, name in enumerate(GLUE[task])]
+    alone = [{**row, "answer": name} for row, name in zip(asked, GLUE[task], strict=True)]
+    of_data = [{**line, "output": row["output"]} for line, row in zip(glue_file(task), asked, strict=True)]
+    summaries = []
+    for rows, words in (
+        (asked, ("--references", data)),
+        (written, ("--references", data)),
+        (by_name, ("--references", data)),
+        (alone, ()),
+        (of_data, ()),
+        (written, ()),
+    ):
+        code, summary, lines, error = score(rows, task, "--overwrite", *words)
+        assert (code, error) == (0, "")
+        assert [(line["extracted"], line["correct"]) for line in lines] == [(label, True) for label in labels]
+        summaries.append(summary)
+    assert all(summary == summaries[0] for summary in summaries)
+    assert summaries[0]["chance"] == pytest.approx(1 / len(labels))
+    wrong = [{**row, "output": labels[row["id"] - 1]} for row in asked]
+    assert score(wrong, task, "--overwrite", "--references", data)[1]["metrics"]["accuracy"]["value"] == 0.0
+
+
+def test_names_in_another_order_are_still_names(score):
+    rows = [{"id": 1, "output": "B", "choices": ["not_entailment", "entailment"], "answer": "entailment"}]
+    _, _, lines, _ = score(rows, "rte")
+    assert lines == [{"id": "1", "extracted": "True", "correct": True}]
+
+
+def test_a_label_that_contradicts_the_name_in_the_references(score, tmp_path):
+    data = write(tmp_path / "data.jsonl", glue_file("rte"))
+    rows = [{"id": 0, "output": "True", "answer": "False"}, {"id": 1, "output": "True", "answer": "False"}]
+    code, _, _, error = score(rows, "rte", "--references", data)
+    assert code == 1
+    assert f"predictions.jsonl:1: its answer is 'False', that of {data}:1 is 'True'" in error
+    assert "found 1 mistake:" in error
+
+
 def test_numbers_and_formulas(score):
     rows = [{"id": 1, "output": "#### 1,234", "answer": 1234}, {"id": 2, "output": "about 7", "targets": ["7.0", "8"]}]
     _, summary, lines, _ = score(rows, "gsm8k")
@@ -226,7 +291,10 @@ def test_questions_without_choices_and_answers_without_numbers(score):
     assert (
         "no choices; the options of arc_easy differ" in score([{"id": 1, "output": "B", "answer": "B"}], "arc_easy")[3]
     )
-    assert "to be a number, but got 'many'" in score([{"id": 1, "output": "7", "answer": "many"}], "gsm8k")[3]
+    assert (
+        "to be a number of at most 50 digits, but got 'many'"
+        in score([{"id": 1, "output": "7", "answer": "many"}], "gsm8k")[3]
+    )
 
 
 def test_texts_of_a_private_task_are_not_shown(score):

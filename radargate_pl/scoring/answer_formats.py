@@ -100,6 +100,7 @@ def _judge_number(output: str, reference: Reference) -> Judgement:
     accepted = [number_of(answer) for answer in reference.answers]
     for answer, value in zip(reference.answers, accepted, strict=True):
         if value is None:
-            raise ValueError(f"Expected the answer to be a number, but got {answer!r}.")
+            raise ValueError(f"Expected the answer to be a number of at most 50 digits, but got {answer!r}.")
     found = find_number(output)
-    return Judgement(found, found is not None and value_of(found) in accepted)
+    value = None if found is None else value_of(found)
+    return Judgement(found, value is not None and value in accepted)

@@ -19,9 +19,12 @@ _STATED_LETTER = re.compile(
 _GOES_ON = r"(?!\s*(?:[,/?]|(?i:is|are|was|were|and|or|can|cannot|could|would|should|seems|looks|does|do|has|have)\b))"
 _LETTER_FIRST = re.compile(rf"(?:\((?P<bracketed>[A-Za-z])\)|(?P<bare>[A-Z])[.)](?=\s|$)){_GOES_ON}\s*")
 _LETTER_COLON = re.compile(r"\(?(?P<letter>[A-Z])\)?\s*:\s*(?P<text>.*)")
+# "(A) 12 (B) 24" and "A. the sun", a line below "B. the moon": options restated.
+_LISTED_LETTER = re.compile(rf"(?:(?<=\s)\((?P<bracketed>[A-Z])\)|(?:^|\n)\s*(?P<bare>[A-Z])[.):](?=\s)){_GOES_ON}")
+_LETTER_AT_END = re.compile(r"(?:^|(?<=\s))(?P<bare>[A-Z])[.!)\"']*$")
 _NAMED_LETTER = re.compile(r"\((?P<bracketed>[A-Z])\)|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+\(?(?P<bare>[A-Z])\b\)?")
 _SEVERAL = re.compile(
-    r"\(?\b[A-Z]\b\)?(?:\s*(?:,|/|\bor\b|\band\b)\s*(?:or\s+|and\s+)?(?:option\s+|choice\s+)?\(?\b[A-Z]\b\)?)+"
+    r"\(?\b[A-Z]\b\)?(?:\s*(?:,|/|\bn?or\b|\band\b)\s*(?:or\s+|and\s+)?(?:option\s+|choice\s+)?\(?\b[A-Z]\b\)?)+"
 )
 _CORRECT = re.compile(r"[\"')\s]*\s(?:is|would\s+be)\s+(?:the\s+|a\s+)?(?:only\s+|most\s+)?(?:correct|right|best)\b")
 _LETTER_CORRECT = re.compile(r"(?:^|(?<=[\s\"']))\(?(?P<bare>[A-Z])\)?" + _CORRECT.pattern)
@@ -36,7 +39,9 @@ def find_choice(output: str, choices: Sequence[str]) -> int | None:
     2. its first line is a letter (``B``, ``(B)``, ``B.``, ``b``), a letter and a text, or an option's text;
     3. the last statement of an answer ("the answer is (B)", "Answer: the moon", "(B) is correct");
     4. the text begins with an option, set off from what follows ("No, because ...");
-    5. the option mentioned last, by its text or as ``(B)`` or ``option B``.
+    5. the option mentioned last, by its text or as ``(B)`` or ``option B``, or else the letter at the very end.
+
+    A letter in front does not count where a statement follows, or other options follow with their letters.
 
     Options' texts count as whole words only, the longest at each place, and the other way round when negated (see
     ``mentions``). Where letter and text disagree, as in ``B) <text of A>``, the letter counts: it is what was asked
@@ -102,16 +107,33 @@ def _first_line(text: str, options: Options, named: Sequence[Mention]) -> int | 
     content = line[start:].strip().strip("\"'$ ")
     letter = re.fullmatch(r"\(?([A-Za-z])[.):,]*", content)
     if letter:
-        return options.by_letter(letter[1])
+        return None if _is_taken_back(text, start, options, named) else options.by_letter(letter[1])
     words = [token for token in tokens(line) if token.start >= start]
     if words:
         for mention in named:
             if (mention.start, mention.end) == (words[0].start, words[-1].end):
                 return mention.option
     labelled = _LETTER_FIRST.match(content)
+    if (labelled or _LETTER_COLON.match(content)) and (
+        _is_taken_back(text, start, options, named) or _is_listed(text, start, options)
+    ):
+        return None
     if labelled:
         return options.by_letter(labelled["bracketed"] or labelled["bare"])
     return _behind_colon(content, options)
+
+
+def _is_taken_back(text: str, start: int, options: Options, named: Sequence[Mention]) -> bool:
+    """Whether an answer is stated behind the one that starts there."""
+    later = (found.end() for found in STATEMENT.finditer(text, start + 1))
+    return any(_at_statement(text, end, options, named) is not None for end in later)
+
+
+def _is_listed(text: str, start: int, options: Options) -> bool:
+    """Whether the letter that starts there is one of several options with their letters."""
+    first = re.compile(r"\W*([A-Z])\b").match(text, start)
+    letters = {letter["bracketed"] or letter["bare"] for letter in _LISTED_LETTER.finditer(text, start)}
+    return any(options.by_letter(letter) is not None for letter in letters - {first[1] if first else ""})
 
 
 def _behind_colon(content: str, options: Options) -> int | None:
@@ -157,7 +179,7 @@ def _called_correct(text: str, options: Options, named: Sequence[Mention]) -> in
 
 def _leading(text: str, options: Options, named: Sequence[Mention]) -> int | None:
     letter = _LETTER_FIRST.match(text)
-    if letter:
+    if letter and not _is_listed(text, 0, options):
         return options.by_letter(letter["bracketed"] or letter["bare"])
     words = tokens(text)
     first = named[0] if named and words and named[0].start == words[0].start else None
@@ -182,4 +204,15 @@ def _last(text: str, options: Options, named: Sequence[Mention]) -> int | None:
         found.append((letter.start(), 1 - option if negator else option))
         behind_letter |= {mention for mention in named if text[letter.end() : mention.start].isspace()}
     found += [(mention.start, mention.option) for mention in named if mention not in behind_letter]
-    return max(found)[1] if found else None
+    return max(found)[1] if found else _letter_at_end(text, options)
+
+
+def _letter_at_end(text: str, options: Options) -> int | None:
+    letter = _LETTER_AT_END.search(text)
+    if not letter or any(letter.start() < several.end() for several in _SEVERAL.finditer(text)):
+        return None
+    negator = negation(text, [word for word in tokens(text) if word.end <= letter.start()], letter.start())
+    option = options.by_letter(letter["bare"])
+    if option is None or not negator:
+        return option
+    return 1 - option if len(options.letters) == 2 else None

@@ -1,9 +1,10 @@
 r"""Answers of MATH: the last ``\boxed{}``, and whether two formulas say the same."""
 
 import re
+from fractions import Fraction
 
 from radargate_pl.scoring.equivalence import equivalent
-from radargate_pl.scoring.numbers import number_of
+from radargate_pl.scoring.numbers import value_of
 from radargate_pl.scoring.plain_text import STATEMENT, before_next_question, plain
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
@@ -12,7 +13,9 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|operat
 _UNITS = re.compile(r"(?<=[\w)}%$])\s*\\(?:text|textrm|mathrm|mbox)\s*\{[^{}]*\}\s*(?:\^\{?\d\}?)?$")
 _NAME = re.compile(r"^\s*[A-Za-z](?:_\w|\([a-z]\))?\s*=(?!=)\s*(?=[^=]+$)")  # "x = 5", not "x + y = 5"
 _ARGUMENT = r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\?[A-Za-z]+|\d)"
-_NO_NUMBER = re.compile(r"[A-Za-z\\^_=<>(),;]|\d\s+\d")
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)(?:(?P<digits>\d+(?:\.\d+)?)|(?P<whole>\d*)\\frac\{(?P<above>\d+)\}\{(?P<below>0*[1-9]\d*)\})"
+)
 
 
 def find_mathematics(output: str) -> str | None:
@@ -62,10 +65,9 @@ def equal_mathematics(reference: str, answer: str) -> bool:
     one, other = normalised(reference), normalised(answer)
     if one == other:
         return True
-    if not _NO_NUMBER.search(one.replace("\\frac", "")) and not _NO_NUMBER.search(other.replace("\\frac", "")):
-        value = number_of(one)
-        if value is not None and value == number_of(other):
-            return True
+    value = _value(one)
+    if value is not None and value == _value(other):
+        return True
     return equivalent(reference, answer)
 
 
@@ -97,6 +99,20 @@ def normalised(latex: str) -> str:
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))(?!.*[()\[\]])", "", text)  # 1,000 but not the pair (1,000)
     text = re.sub(r"\s+", "", text)
     return re.sub(r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)
+
+
+def _value(text: str) -> Fraction | None:
+    """The value of a normalised formula that is one number and nothing else: 5! and |-3| are not 5 and -3."""
+    found = _NUMBER.fullmatch(re.sub(r"^\{(.*)\}$", r"\1", text))
+    if not found:
+        return None
+    parts = [value_of(found["digits"])] if found["digits"] else []
+    if found["above"]:
+        parts = [value_of(found["whole"] or "0"), value_of(f"{found['above']}/{found['below']}")]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):  # too long
+        return None
+    return -sum(known, Fraction()) if found["sign"] == "-" else sum(known, Fraction())
 
 
 def _box(text: str, start: int) -> str | None:

@@ -10,15 +10,20 @@ _SYMBOLS = "$\u20ac\u00a3\u00a5\u20b9\u20bd\u20a9\u20ba\u20b4\u20aa\u20ab\u0e3f\
 _CURRENCY = rf"(?:(?:(?:US|A|C|NZ|HK|S)?[{_SYMBOLS}]|(?:USD|EUR|GBP|Rs)\.?)\s?)"
 _GROUPS = r"\d{1,3}(?:[,'\u00a0\u2009\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)"  # 1,234,567 and 12,34,567
 _DIGITS = rf"(?:(?:{_GROUPS}|\d+)(?:\.\d+)?|(?<!\.)\.\d+)(?:[eE][-+]?\d+(?![\w.]))?"
-_OVER = r"\s?/\s?(?!0+\b)(?:\d+)(?![\d.]*\d/)"
+_OVER = r"\s?/\s?(?!0+(?!\d))(?:\d+)(?![\d.]*\d/)"
 _NUMBER = re.compile(
     # Not inside a word, an exponent, or behind a decimal point; a minus after a digit or bracket takes away.
     rf"(?<![\w^])(?<!\^\{{)(?<!\d\.)(?P<sign>(?<![\w)\]}}%]))(?:(?P<minus>-){_CURRENCY}?|{_CURRENCY}(?P<late>-)?)?"
-    rf"(?:(?P<whole>\d{{1,3}})[ -](?P<mixed>\d+/(?!0+\b)\d+)(?!\d)|(?P<over>{_DIGITS}{_OVER})|(?P<digits>{_DIGITS}))"
+    rf"(?:(?P<whole>\d{{1,3}})[ -](?P<mixed>\d+/(?!0+(?!\d))\d+)(?!\d)|(?P<over>{_DIGITS}{_OVER})"
+    rf"|(?P<digits>{_DIGITS}))"
 )
 _MARKER = re.compile(r"####[\s*$]*(?:\\boxed\{\s*)?(?=[-.\d]|" + _CURRENCY + ")")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 _LATEX_SPACES = re.compile(r"\{,\}|\\[!,;: ]")
+
+# Beyond these an exact value may fill the memory, and no answer is this long.
+_MOST_DIGITS = 50
+_MOST_EXPONENT = 50
 
 
 def find_number(output: str) -> str | None:
@@ -52,7 +57,7 @@ def number_of(text: str) -> Fraction | None:
         text: e.g. ``1,234``, ``$5``, ``3/4``, ``1 1/2``, ``50%`` (which is 50) or ``18 kg``.
 
     Returns:
-        The value; None if the text holds no number or several.
+        The value; None if the text holds no number, several, or one too long to compare.
 
     Example:
         >>> number_of("3.0") == 3
@@ -62,14 +67,29 @@ def number_of(text: str) -> Fraction | None:
     return value_of(_spelled(found[0])) if len(found) == 1 else None
 
 
-def value_of(spelled: str) -> Fraction:
+def value_of(spelled: str) -> Fraction | None:
     """The exact value of a number as ``find_number`` spells it.
 
     Args:
         spelled: e.g. ``-1234.5``, ``1e3`` or ``3/4``.
+
+    Returns:
+        The value; None for more than 50 digits above or below the line, or an exponent beyond 50.
+
+    Example:
+        >>> value_of("1e99999999") is None
+        True
     """
     above, _, below = spelled.partition("/")
+    if _is_too_long(above) or _is_too_long(below):
+        return None
     return Fraction(above) / Fraction(below or 1)
+
+
+def _is_too_long(part: str) -> bool:
+    digits, _, exponent = part.lower().partition("e")
+    power = exponent.lstrip("+-").lstrip("0")
+    return len(re.sub(r"\D", "", digits)) > _MOST_DIGITS or len(power) > 9 or int(power or 0) > _MOST_EXPONENT
 
 
 def _prepared(text: str) -> str:
@@ -89,6 +109,8 @@ def _spelled(found: re.Match[str]) -> str:
     sign = "-" if found["minus"] or found["late"] else ""
     if found["mixed"]:
         above, _, below = found["mixed"].partition("/")
+        if _is_too_long(above) or _is_too_long(below):
+            return f"{sign}{found['whole']} {found['mixed']}"
         return f"{sign}{int(found['whole']) * int(below) + int(above)}/{below}"
     digits = re.sub(r"[,'\s]", "", found["over"] or found["digits"])
     return sign + (f"0{digits}" if digits.startswith(".") else digits)

@@ -129,7 +129,7 @@ def mentions(text: str, options: Options) -> list[Mention]:
     """Where the options' texts and labels stand as whole words, the longest at each place, in order.
 
     A mention that is negated ("not acceptable", "isn't a duplicate") names the other one of two options, and none of
-    three or more.
+    three or more; "neither positive nor negative" names none.
 
     Args:
         text: as ``clean`` gives it.
@@ -139,6 +139,7 @@ def mentions(text: str, options: Options) -> list[Mention]:
     phrases = [(phrase, index) for index, phrase in enumerate(options.phrases) if phrase]
     phrases += [(label, index) for index, label in enumerate(options.labels) if label]
     found: list[Mention] = []
+    denied: tuple[int, int] | None = None  # the option taken back last, and where its text ends
     position = 0
     phrases.sort(key=lambda entry: -len(entry[0]))  # stable: of two equal options the first
     while position < len(words):
@@ -151,10 +152,19 @@ def mentions(text: str, options: Options) -> list[Mention]:
         negator = negation(text, words[:position], words[position].start)
         if negator is None:
             found.append(Mention(option, words[position].start, words[end - 1].end))
+            denied = None
+        elif denied and denied[0] != option and _is_nor(text[denied[1] : words[position].start]):
+            found.pop()
+            denied = None
         elif len(options.letters) == 2:
+            denied = (option, words[end - 1].end)
             found.append(Mention(1 - option, negator.start, words[end - 1].end))
         position = end
     return found
+
+
+def _is_nor(between: str) -> bool:
+    return re.match(r"[\s,]*n?or\b[^.;!?\n]*$", between) is not None
 
 
 def negation(text: str, before: Sequence[Token], start: int) -> Token | None:
