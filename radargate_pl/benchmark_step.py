@@ -73,6 +73,7 @@ def _ranked(
     network: GatedNetwork, batch: BenchmarkBatch, benchmark: Benchmark, expert: Tensor
 ) -> tuple[list[Row], PromptGates, int]:
     likelihoods, gates = _likelihoods(network, batch, expert)
+    _check_numbers(likelihoods, network, batch)
     of_item: list[list[float]] = [[] for _ in batch["items"]]
     for position, value in zip(batch["item"].tolist(), likelihoods.tolist(), strict=True):
         of_item[position].append(round(value, DIGITS))
@@ -83,6 +84,19 @@ def _ranked(
         row |= {"correct": chosen == item.answer_index, "answer": names[item.answer_index or 0], "choices": names}
         rows.append({**row, "logprobs": scores, "chosen_bytes": best_choice_by_bytes(scores, item.choices)})
     return rows, gates, int(batch["attention_mask"].sum())
+
+
+def _check_numbers(likelihoods: Tensor, network: GatedNetwork, batch: BenchmarkBatch) -> None:
+    """NaN is neither more nor less likely than anything: the first choice would win, which looks like an answer."""
+    if not (wrong := likelihoods.isnan()).any():
+        return
+    item = batch["items"][int(batch["item"][wrong][0])]
+    dtype = str(network.backbone.dtype).removeprefix("torch.")
+    raise ValueError(
+        f"Expected the log-likelihoods of {item.task} to be numbers, but that of {item.id} is NaN in {dtype}; set "
+        "model.network.dtype bfloat16 or float32, whose range is larger than float16's. If it is NaN there too, the "
+        "weights are: test another checkpoint"
+    )
 
 
 def _likelihoods(network: GatedNetwork, batch: BenchmarkBatch, expert: Tensor) -> tuple[Tensor, PromptGates]:

@@ -19,6 +19,7 @@ from tiny_benchmarks import COUNTS, After, benchmark_lm, files_of, lines_of, run
 from tiny_models import batch_of, network_of
 from tiny_runs import adapters, read_json
 
+from radargate_pl import benchmark_step
 from radargate_pl.cli import main
 from radargate_pl.gates import StretchGate
 from radargate_pl.prompt_gates import record_prompts
@@ -191,6 +192,22 @@ def test_batch_size_and_protocol(undisturbed: Path, root: str, tmp_path: Path) -
     results = read_json(tmp_path / "written" / "test" / "sst2" / "results.json")
     assert results["protocol"] == "generation"
     assert "accuracy_bytes" not in results["metrics"]
+
+
+def test_answers_that_are_not_numbers_are_no_answers(root: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """float16 that overflows: every comparison with NaN is false, so that the first choice would always win."""
+
+    def overflown(*arguments: Any) -> torch.Tensor:
+        found = likelihoods(*arguments)
+        found[-1] = float("nan")
+        return found
+
+    likelihoods = benchmark_step.shared_log_likelihoods
+    monkeypatch.setattr(benchmark_step, "shared_log_likelihoods", overflown)
+    expected = r"arc_easy to be numbers, but that of q\d+ is NaN in float32; .*model.network.dtype bfloat16 or float32"
+    with pytest.raises(ValueError, match=expected):
+        run_test(tmp_path / "run", root, tasks=["arc_easy"])
+    assert not partial_files(tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------- processes and kills
