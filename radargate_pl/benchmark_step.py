@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from radargate_pl.generation import generate_texts
+from radargate_pl.losses import IGNORE_INDEX
 from radargate_pl.networks import GatedNetwork
 from radargate_pl.prompt_gates import PromptGates, record_prompts
 from radargate_pl.ranking import (
     best_choice,
     best_choice_by_bytes,
+    can_share_prompts,
     log_likelihoods,
     share_prompts,
     shared_log_likelihoods,
@@ -103,12 +105,18 @@ def _likelihoods(network: GatedNetwork, batch: BenchmarkBatch, expert: Tensor) -
     """The log-likelihood of every row, and the gates of every item's prompt, of which its first row tells."""
     item, tensors = batch["item"], (batch["input_ids"], batch["attention_mask"], batch["labels"])
     first = torch.cat([item.new_ones(1, dtype=torch.bool), item[1:] != item[:-1]]).nonzero().squeeze(-1)
-    if network.is_encoder_decoder:
-        with record_prompts(network.backbone, {"encoder": batch["attention_mask"][first].bool()}, first) as gates:
+    if network.is_encoder_decoder or not can_share_prompts(network, expert[:1]):
+        is_token = batch["attention_mask"].bool()
+        prompts = (
+            {"encoder": is_token[first]}
+            if network.is_encoder_decoder
+            else {"decoder": (is_token & (batch["labels"] == IGNORE_INDEX))[first]}
+        )
+        with record_prompts(network.backbone, prompts, first) as gates:
             return log_likelihoods(network, *tensors, expert), gates
     shared = share_prompts(*tensors, expert)
-    prompts = shared.of_row[first]
-    with record_prompts(network.backbone, {"decoder": shared.attention_mask[prompts].bool()}, prompts) as gates:
+    rows = shared.of_row[first]
+    with record_prompts(network.backbone, {"decoder": shared.attention_mask[rows].bool()}, rows) as gates:
         return shared_log_likelihoods(network, shared), gates
 
 
