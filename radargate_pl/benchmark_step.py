@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from radargate_pl.generation import generate_texts
+from radargate_pl.losses import IGNORE_INDEX
 from radargate_pl.networks import GatedNetwork
 from radargate_pl.prompt_gates import PromptGates, record_prompts
 from radargate_pl.ranking import (
     best_choice,
     best_choice_by_bytes,
+    can_share_prompts,
     log_likelihoods,
     share_prompts,
     shared_log_likelihoods,
@@ -73,6 +75,7 @@ def _ranked(
     network: GatedNetwork, batch: BenchmarkBatch, benchmark: Benchmark, expert: Tensor
 ) -> tuple[list[Row], PromptGates, int]:
     likelihoods, gates = _likelihoods(network, batch, expert)
+    _check_numbers(likelihoods, network, batch)
     of_item: list[list[float]] = [[] for _ in batch["items"]]
     for position, value in zip(batch["item"].tolist(), likelihoods.tolist(), strict=True):
         of_item[position].append(round(value, DIGITS))
@@ -85,16 +88,35 @@ def _ranked(
     return rows, gates, int(batch["attention_mask"].sum())
 
 
+def _check_numbers(likelihoods: Tensor, network: GatedNetwork, batch: BenchmarkBatch) -> None:
+    """NaN is neither more nor less likely than anything: the first choice would win, which looks like an answer."""
+    if not (wrong := likelihoods.isnan()).any():
+        return
+    item = batch["items"][int(batch["item"][wrong][0])]
+    dtype = str(network.backbone.dtype).removeprefix("torch.")
+    raise ValueError(
+        f"Expected the log-likelihoods of {item.task} to be numbers, but that of {item.id} is NaN in {dtype}; set "
+        "model.network.dtype bfloat16 or float32, whose range is larger than float16's. If it is NaN there too, the "
+        "weights are: test another checkpoint"
+    )
+
+
 def _likelihoods(network: GatedNetwork, batch: BenchmarkBatch, expert: Tensor) -> tuple[Tensor, PromptGates]:
     """The log-likelihood of every row, and the gates of every item's prompt, of which its first row tells."""
     item, tensors = batch["item"], (batch["input_ids"], batch["attention_mask"], batch["labels"])
     first = torch.cat([item.new_ones(1, dtype=torch.bool), item[1:] != item[:-1]]).nonzero().squeeze(-1)
-    if network.is_encoder_decoder:
-        with record_prompts(network.backbone, {"encoder": batch["attention_mask"][first].bool()}, first) as gates:
+    if network.is_encoder_decoder or not can_share_prompts(network, expert[:1]):
+        is_token = batch["attention_mask"].bool()
+        prompts = (
+            {"encoder": is_token[first]}
+            if network.is_encoder_decoder
+            else {"decoder": (is_token & (batch["labels"] == IGNORE_INDEX))[first]}
+        )
+        with record_prompts(network.backbone, prompts, first) as gates:
             return log_likelihoods(network, *tensors, expert), gates
     shared = share_prompts(*tensors, expert)
-    prompts = shared.of_row[first]
-    with record_prompts(network.backbone, {"decoder": shared.attention_mask[prompts].bool()}, prompts) as gates:
+    rows = shared.of_row[first]
+    with record_prompts(network.backbone, {"decoder": shared.attention_mask[rows].bool()}, rows) as gates:
         return shared_log_likelihoods(network, shared), gates
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 FORMAT_VERSION = 2
 
@@ -26,9 +26,10 @@ class AnsweredBatch(NamedTuple):
 
 
 class PartialAnswers:
-    """The files ``answers.rank<R>.jsonl`` of one task, one for each process that ever took part.
+    """The files ``answers.<key>.rank<R>.jsonl`` of one task, one for each process that ever took part.
 
-    The first line of a file holds the key of the test: answers of another model or of other settings are never mixed.
+    Name and first line of a file tell the key of the test: answers of another model or of other settings are never
+    mixed in, and stay where they are.
 
     Args:
         folder: ``test/<task>`` of the run folder, seen by all processes.
@@ -40,7 +41,8 @@ class PartialAnswers:
 
     def paths(self) -> list[Path]:
         """The files that are there, by rank."""
-        return sorted(self.folder.glob("answers.rank*.jsonl"), key=lambda path: (len(path.name), path.name))
+        found = self.folder.glob(f"answers.{short_key(self.key)}.rank*.jsonl")
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def append(self, rank: int, batch: AnsweredBatch) -> None:
         """Write one batch and wait until it lies on the disk.
@@ -50,7 +52,7 @@ class PartialAnswers:
             batch: its answers.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"answers.rank{rank}.jsonl"
+        path = self.folder / f"answers.{short_key(self.key)}.rank{rank}.jsonl"
         header = [] if path.exists() else [{"format_version": FORMAT_VERSION, "key": self.key}]
         with path.open("ab") as file:
             file.write(b"".join(_line(value) for value in [*header, batch._asdict()]))
@@ -58,7 +60,7 @@ class PartialAnswers:
             os.fsync(file.fileno())
 
     def repair(self) -> None:
-        """Before anyone reads or appends: drop what a kill tore, and files of another key. For one process alone.
+        """Before anyone reads or appends: drop what a kill tore. For one process alone.
 
         Raises:
             ValueError: a line before the last one is damaged.
@@ -70,11 +72,7 @@ class PartialAnswers:
                 rank_zero_warn(f"{path}: the last line was not written to its end; its examples are answered again.")
                 with path.open("r+b") as file:
                     file.truncate(len(whole))
-            header = next(iter(_parsed(path)), None)
-            if header is None:
-                path.unlink()
-            elif header.get("key") != self.key:
-                rank_zero_info(f"{path}: removed, its answers belong to another model or to other settings.")
+            if not list(_parsed(path)):
                 path.unlink()
 
     def batches(self) -> dict[Path, list[AnsweredBatch]]:
@@ -88,8 +86,8 @@ class PartialAnswers:
             header, *lines = _parsed(path)
             if header.get("key") != self.key:
                 raise ValueError(
-                    f"Expected {path} to hold answers of this test, but it belongs to another one, which may be "
-                    "running right now in the same folder. Give each its own trainer.default_root_dir"
+                    f"Expected {path} to hold answers of this test, but it belongs to another one. Move it out of "
+                    "the folder, or give each test its own trainer.default_root_dir"
                 )
             found[path] = [AnsweredBatch(line["rows"], line["seconds"], line["tokens"]) for line in lines]
         return found
@@ -102,6 +100,16 @@ class PartialAnswers:
         """Delete the files."""
         for path in self.paths():
             path.unlink()
+
+
+def short_key(key: str) -> str:
+    """The first eight digits of a key, for names of files.
+
+    Example:
+        >>> short_key("sha256:0123456789abcdef")
+        '01234567'
+    """
+    return key.rpartition(":")[2][:8]
 
 
 def _line(value: dict[str, Any]) -> bytes:

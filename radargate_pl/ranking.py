@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -10,6 +11,10 @@ from radargate_pl.label_logits import only_positions
 from radargate_pl.losses import IGNORE_INDEX, token_cross_entropy
 from radargate_pl.network_checks import takes_position_ids
 from radargate_pl.networks import GatedNetwork
+from radargate_pl.notices import say_once
+
+# What `can_share_prompts` found out of each network.
+_can_share: WeakKeyDictionary[GatedNetwork, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -59,6 +64,38 @@ class SharedPrompts(NamedTuple):
     mask: Tensor
 
 
+@torch.no_grad()
+def can_share_prompts(network: GatedNetwork, expert: Tensor | None) -> bool:
+    """Whether continuations can go on from what the model keeps of a prompt, as `shared_log_likelihoods` does.
+
+    Only where every layer keeps keys and values, or nothing: rows of a recurrent state (Mamba, LFM2, Jamba) cannot be
+    selected. Found out by reading one token, once for each network; a no is said once.
+
+    Args:
+        network: causal, in evaluation mode.
+        expert: id of the own expert of any one row, (1,) int64, or ``None``.
+    """
+    if network not in _can_share:
+        token = torch.zeros(1, 1, dtype=torch.int64, device=network.backbone.device)
+        one = torch.ones_like(token)
+        _, cache = _forward(network, token, one, one.bool(), expert)
+        _can_share[network] = _selects_rows(cache)
+        if not _can_share[network]:
+            say_once(
+                f"Ranking reads the prompt again for every choice: what {type(network.backbone).__name__} keeps of a "
+                "prompt is not only keys and values."
+            )
+    return _can_share[network]
+
+
+def _selects_rows(cache: Any) -> bool:
+    """Layers with both attention and a recurrent state inherit a selection that leaves the state as it is."""
+    layers = getattr(cache, "layers", None) or ()
+    return bool(layers) and all(
+        hasattr(layer, "batch_select_indices") and not hasattr(layer, "update_recurrent_state") for layer in layers
+    )
+
+
 def share_prompts(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, expert: Tensor | None) -> SharedPrompts:
     """Take prompts and continuations apart.
 
@@ -98,7 +135,7 @@ def shared_log_likelihoods(network: GatedNetwork, batch: SharedPrompts) -> Tenso
     The continuations go on from the prompts' keys and values, as generation does; exact but for rounding.
 
     Args:
-        network: causal, in evaluation mode.
+        network: causal, in evaluation mode, of which `can_share_prompts` is true.
         batch: see `share_prompts`.
 
     Returns:
@@ -136,7 +173,7 @@ def _forward(
         output = network.backbone(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **inputs
         )
-    return output.logits, output.past_key_values
+    return output.logits, getattr(output, "past_key_values", None)
 
 
 def best_choice(scores: Sequence[float]) -> int:

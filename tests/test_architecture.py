@@ -46,6 +46,7 @@ LAYERS = {
         *("step_gradients", "step_logging", "strategy", "validation_state"),
         *("provenance", "search", "callbacks", "slurm"),
         *("answers_key", "benchmark_results", "benchmark_step", "generation", "partial_answers", "ranking"),
+        "finished_tests",
     },
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),

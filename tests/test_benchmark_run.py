@@ -19,6 +19,7 @@ from tiny_benchmarks import COUNTS, After, benchmark_lm, files_of, lines_of, run
 from tiny_models import batch_of, network_of
 from tiny_runs import adapters, read_json
 
+from radargate_pl import benchmark_step
 from radargate_pl.benchmark_results import scores_of
 from radargate_pl.benchmarks import BENCHMARKS
 from radargate_pl.cli import main
@@ -47,7 +48,7 @@ def predictions(run: Path, task: str) -> list[dict[str, Any]]:
 
 
 def partial_files(run: Path) -> list[Path]:
-    return sorted((run / "test").rglob("answers.rank*.jsonl"))
+    return sorted((run / "test").rglob("answers.*rank*.jsonl"))
 
 
 def test_every_example_is_answered_once_in_the_order_of_the_file(undisturbed: Path, root: str) -> None:
@@ -204,6 +205,22 @@ def test_batch_size_and_protocol(undisturbed: Path, root: str, tmp_path: Path) -
     assert "accuracy_bytes" not in results["metrics"]
 
 
+def test_answers_that_are_not_numbers_are_no_answers(root: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """float16 that overflows: every comparison with NaN is false, so that the first choice would always win."""
+
+    def overflown(*arguments: Any) -> torch.Tensor:
+        found = likelihoods(*arguments)
+        found[-1] = float("nan")
+        return found
+
+    likelihoods = benchmark_step.shared_log_likelihoods
+    monkeypatch.setattr(benchmark_step, "shared_log_likelihoods", overflown)
+    expected = r"arc_easy to be numbers, but that of q\d+ is NaN in float32; .*model.network.dtype bfloat16 or float32"
+    with pytest.raises(ValueError, match=expected):
+        run_test(tmp_path / "run", root, tasks=["arc_easy"])
+    assert not partial_files(tmp_path / "run")
+
+
 # ---------------------------------------------------------------------------------------------- processes and kills
 
 
@@ -279,7 +296,7 @@ def test_answers_of_several_processes_are_gone_on_with_by_one(undisturbed: Path,
     done = stop(run, root, 5)
     for path in partial_files(run):
         header, *lines = path.read_text().splitlines(keepends=True)
-        path.with_name("answers.rank3.jsonl").write_text(header + "".join(lines[1:]))
+        path.with_name(path.name.replace("rank0", "rank3")).write_text(header + "".join(lines[1:]))
         path.write_text(header + "".join(lines[:1]))
     _, counted = run_test(run, root)
     assert not set(done) & set(counted.ids)
@@ -311,18 +328,49 @@ def test_a_damaged_line_is_named(root: str, tmp_path: Path) -> None:
         run_test(tmp_path / "run", root)
 
 
-def test_answers_of_other_weights_are_not_mixed_in(
-    undisturbed: Path, root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_answers_of_other_weights_are_neither_mixed_in_nor_lost(undisturbed: Path, root: str, tmp_path: Path) -> None:
     run, experts = tmp_path / "run", adapters(tmp_path / "experts")
-    stop(run, root, 3, lm=benchmark_lm(experts, seed=1))
-    with caplog.at_level("INFO"):
-        _, counted = run_test(run, root, lm=benchmark_lm(experts))
-    assert "removed, its answers belong to another model or to other settings" in caplog.text
+    done = stop(run, root, 3, lm=benchmark_lm(experts, seed=1))
+    before = {path: path.read_bytes() for path in partial_files(run)}
+    _, counted = run_test(run, root, lm=benchmark_lm(experts), overwrite=True)
     assert len(counted.ids) == sum(COUNTS.values())
     assert {n: c for n, c in files_of(run).items() if "predictions" in n} == {
         n: c for n, c in files_of(undisturbed).items() if "predictions" in n
     }
+    assert {path: path.read_bytes() for path in partial_files(run)} == before
+    _, counted = run_test(run, root, lm=benchmark_lm(experts, seed=1))
+    assert len(done) + len(counted.ids) == sum(COUNTS.values())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Results and predictions of one test."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_short_trial_does_not_cost_the_results_of_the_whole_test(
+    root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, lm = tmp_path / "run", benchmark_lm(adapters(tmp_path / "experts"))
+    folder = run / "test" / "sst2"
+    run_test(run, root, lm=lm, tasks=["sst2"])
+    whole = contents(folder)
+    stop(run, root, 0, lm=lm, tasks=["sst2"], limit=2)
+    assert contents(folder) == whole  # until the next is finished
+    with caplog.at_level("INFO"):
+        run_test(run, root, lm=lm, tasks=["sst2"], limit=2, overwrite=True)
+    short = contents(folder)
+    (earlier,) = (folder / "earlier").iterdir()
+    assert read_json(earlier / "results.json")["key"].startswith(f"sha256:{earlier.name}")
+    assert f"kept in earlier/{earlier.name}" in caplog.text
+    assert contents(earlier) == whole
+    _, counted = run_test(run, root, lm=lm, tasks=["sst2"])
+    assert (counted.ids, contents(folder)) == ([], whole)
+    (other,) = (folder / "earlier").iterdir()
+    assert contents(other) == short
+    _, counted = run_test(run, root, lm=lm, tasks=["sst2"], limit=2, overwrite=True)
+    assert sorted(counted.ids) == ["s0", "s1"]
+    (earlier,) = (folder / "earlier").iterdir()
+    assert contents(earlier) == whole
 
 
 def test_a_finished_test_is_kept_another_one_replaces_it(
@@ -361,7 +409,7 @@ def test_examples_that_nobody_answered_are_named(root: str, tmp_path: Path) -> N
     assert not (tmp_path / "run" / "test" / "sst2" / "results.json").exists()
     (path,) = partial_files(tmp_path / "run")
     header, line = path.read_text().splitlines(keepends=True)
-    path.with_name("answers.rank1.jsonl").write_text(header + line)
+    path.with_name(path.name.replace("rank0", "rank1")).write_text(header + line)
     with pytest.raises(ValueError, match=r"4 answered more than once"):
         run_test(tmp_path / "run", root, tasks=["sst2"], batch_size=8)
 

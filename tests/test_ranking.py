@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from tiny_models import EOS, FIVE, KINDS, PAD, SEQ2SEQ, VOCABULARY, left_padded, model_folder, network_of
 
+from radargate_pl.benchmark_step import _likelihoods
 from radargate_pl.losses import IGNORE_INDEX
+from radargate_pl.notices import say_once
+from radargate_pl.prompt_gates import record_prompts
 from radargate_pl.ranking import (
     best_choice,
     best_choice_by_bytes,
+    can_share_prompts,
     log_likelihoods,
     share_prompts,
     shared_log_likelihoods,
@@ -133,6 +139,48 @@ def test_choices_of_one_token_need_one_forward_over_the_prompts(monkeypatch: pyt
     found = shared_log_likelihoods(network, share_prompts(**tensors, expert=None))
     assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
     assert calls == [(2, len(prompt))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "can_share"), [("llama", True), ("bloom", True), ("lfm2", False), ("falcon-h1", False), ("mamba", False)]
+)
+def test_a_cache_that_holds_more_than_keys_and_values_is_not_gone_on_from(kind: str, can_share: bool) -> None:
+    """Of a recurrent state no rows can be selected: LFM2 has one beside attention, Falcon-H1 in the same layer."""
+    network, (rows, experts) = network_of(kind, "task"), questions()
+    tensors, expert = batch(kind, rows), torch.tensor(experts)
+    assert can_share_prompts(network, expert[:1]) is can_share
+    model = getattr(transformers, KINDS[kind][0]).from_pretrained(model_folder(kind), dtype=torch.float32).eval()
+    expected = [one_at_a_time(model, kind, *pair) for pair in rows]
+    bare = log_likelihoods(network_of(kind, experts=[]), **tensors)
+    assert bare.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_whether_prompts_can_be_shared_is_asked_once(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    network, calls = network_of("lfm2", experts=[]), []
+    forward = network.backbone.forward
+    monkeypatch.setattr(network.backbone, "forward", lambda **inputs: (calls.append(1), forward(**inputs))[1])
+    say_once.cache_clear()
+    assert [can_share_prompts(network, None) for _ in range(3)] == [False] * 3
+    assert len(calls) == 1
+    assert caplog.text.count("reads the prompt again for every choice") == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "lfm2"])
+def test_gates_over_a_prompt_do_not_depend_on_how_it_is_read(kind: str) -> None:
+    network, (rows, experts) = network_of(kind, "radar"), questions()
+    item = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4])
+    asked: Any = {**batch(kind, rows), "item": item}
+    found, gates = _likelihoods(network, asked, torch.tensor(experts))
+    assert found.tolist() == pytest.approx(log_likelihoods(network, **batch(kind, rows)).tolist(), abs=1e-4)
+    for n, summary in enumerate(gates.summaries(5)):
+        first = int((item == n).nonzero()[0])
+        ids = torch.tensor([rows[first][0]])
+        only = {"decoder": torch.ones_like(ids, dtype=torch.bool)}
+        with torch.no_grad(), record_prompts(network.backbone, only, torch.tensor([0])) as alone:
+            network(ids, torch.ones_like(ids), ids)
+        expected = alone.summaries(1)[0]
+        assert summary["top_expert_share"] == pytest.approx(expected["top_expert_share"], abs=1e-5)
+        assert summary["rms_angle_rad"] == pytest.approx(expected["rms_angle_rad"], abs=1e-4)
 
 
 def test_a_row_without_labels_counts_as_nothing_and_bfloat16_is_summed_in_float32() -> None:

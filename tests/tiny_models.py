@@ -55,6 +55,13 @@ OPT = {
     **{"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"max_position_embeddings": 64, "init_std": 0.3},
 }
+LFM2 = {**LLAMA, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False}
+FALCON_H1 = {
+    **LLAMA,
+    **{"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+    **{"mamba_d_conv": 4, "mamba_chunk_size": 8},
+}
+MAMBA = {**SIZES, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "initializer_range": 0.3}
 KINDS = {
     "llama": ("LlamaForCausalLM", LLAMA),
     "gemma2": ("Gemma2ForCausalLM", GEMMA2),
@@ -64,6 +71,9 @@ KINDS = {
     "mbart": ("MBartForConditionalGeneration", MBART),
     "bloom": ("BloomForCausalLM", BLOOM),
     "opt": ("OPTForCausalLM", OPT),
+    "lfm2": ("Lfm2ForCausalLM", LFM2),
+    "falcon-h1": ("FalconH1ForCausalLM", FALCON_H1),
+    "mamba": ("MambaForCausalLM", MAMBA),
 }
 FIVE = ("llama", "gemma2", "granite", "t5", "mbart")
 SEQ2SEQ = ("t5", "mt5", "mbart")
@@ -72,6 +82,7 @@ TARGETS = {
     "t5": (("q", "wo"), ("q", "v", "k"), ("v", "wo")),
     "mt5": (("q", "wi_0"), ("q", "v", "k"), ("v", "wo")),
     "mbart": (("q_proj", "fc2"), ("q_proj", "v_proj", "k_proj"), ("v_proj", "fc2")),
+    "mamba": (("in_proj",), ("in_proj", "out_proj"), ("x_proj",)),
     "bloom": (("query_key_value",), ("query_key_value", "dense"), ("dense",)),
 }
 DECODER_ONLY = (("q_proj",), ("q_proj", "v_proj"), ("v_proj", "k_proj"))

@@ -15,12 +15,11 @@ from torch.utils.tensorboard import SummaryWriter
 from radargate_pl.answers_key import answers_key, task_settings
 from radargate_pl.atomic_files import write_json, write_text
 from radargate_pl.benchmark_results import FORMAT_VERSION, scores_of, table
+from radargate_pl.finished_tests import PREDICTIONS, RESULTS, FinishedTests
 from radargate_pl.partial_answers import AnsweredBatch, PartialAnswers
 from radargate_pl.processes import decided_by_first
 from radargate_pl.provenance import installed_versions
 from radargate_pl.step_logging import is_trial
-
-RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 
 
 @dataclass
@@ -35,13 +34,14 @@ class _Task:
 class BenchmarkWriter(Callback):
     """Writes what ``radargate test`` finds on the tasks of `BenchmarkData`, in ``test/<task>/`` of the run folder.
 
-    Every batch is on disk before the next begins (``answers.rank<R>.jsonl``). At the end every example must be answered
-    exactly once; then come ``predictions.jsonl``, ``results.json``, a table in the terminal and scalars
+    Every batch is on disk before the next begins (``answers.<key>.rank<R>.jsonl``). At the end every example must be
+    answered exactly once; then come ``predictions.jsonl``, ``results.json``, a table in the terminal and scalars
     ``test/<task>/<metric>`` in TensorBoard. A test that was killed goes on where it was, on any number of processes;
-    one that was finished is kept. Both only with the same weights, prompts and settings; others' answers are replaced.
+    one that was finished is kept. Both only with the same weights, prompts and settings: what others have finished is
+    moved to ``earlier/<key>/`` once this one is finished too, and what they have begun stays.
 
     Args:
-        overwrite: answer everything again.
+        overwrite: answer everything again; tests of other weights or settings are left alone.
 
     Attributes:
         results: content of ``results.json`` by task, on the first process, once the test is over.
@@ -75,17 +75,15 @@ class BenchmarkWriter(Callback):
         begun = _Task(answers_key(pl_module.network, data, task, str(trainer.precision)))
         folder = _folder(trainer, task)
         partial = PartialAnswers(folder, begun.key)
-        earlier = _read(folder / RESULTS)
+        finished = FinishedTests(folder)
         if self.overwrite:
             partial.remove()
-            (folder / RESULTS).unlink(missing_ok=True)
-        elif earlier.get("key") == begun.key and (folder / PREDICTIONS).exists():
+            finished.remove(begun.key)
+        elif earlier := finished.find(begun.key):
             rank_zero_info(f"{task}: finished earlier with this model and these settings, kept (--overwrite true).")
             partial.remove()
             begun.results, begun.finished = earlier, [item.id for item in data.items(task)]
             return begun
-        elif earlier:
-            rank_zero_info(f"{folder / RESULTS}: belongs to another model or to other settings, and will be replaced.")
         partial.repair()
         begun.finished = partial.finished_ids()
         if begun.finished:
@@ -150,6 +148,7 @@ class BenchmarkWriter(Callback):
             "versions": installed_versions(),
             "key": key,
         }
+        FinishedTests(folder).set_aside(key)
         (folder / RESULTS).unlink(missing_ok=True)  # of another model: must not stand beside predictions of this one
         write_text(folder / PREDICTIONS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write_json(folder / RESULTS, results)  # last: where it is, the rest is complete
@@ -200,12 +199,3 @@ def log(trainer: Trainer, values: dict[str, float], step: int) -> None:
 
 def _folder(trainer: Trainer, task: str) -> Path:
     return Path(trainer.default_root_dir) / "test" / task
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What a results file holds; nothing if it is not there or not one of ours."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
