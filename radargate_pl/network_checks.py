@@ -101,6 +101,25 @@ def check_experts_of_tasks(network: "GatedNetwork") -> None:
         )
 
 
+def check_expert_of(network: "GatedNetwork", task: str) -> None:
+    """Refuse to test by the task's own expert where there is none: the bare backbone would answer, unnoticed.
+
+    Args:
+        network: with any gate.
+        task: name of a task to be answered.
+
+    Raises:
+        ValueError: naming task and experts.
+    """
+    by_task = any(isinstance(layer.gate, TaskGate) for layer in network.layers.values())
+    if by_task and network.expert_of_task.get(task, -1) < 0:
+        raise ValueError(
+            f"Expected TaskGate to know an expert of {task!r}, but the experts {list(network.experts)} belong to other "
+            "tasks. Choose one for all (--model.network.init_args.gate DirectLoRA "
+            "--model.network.init_args.gate.expert NAME), another gate, or --model.network.init_args.experts '[]' for the bare backbone."
+        )
+
+
 def check_shared_A(layers: Mapping[str, MoELinear]) -> None:
     """Refuse experts that do not have one A per layer (HydraLoRA).
 

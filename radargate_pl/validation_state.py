@@ -56,6 +56,6 @@ def count_epoch_as_begun(trainer: Trainer) -> None:
     Args:
         trainer: inside an epoch.
     """
-    progress = trainer.fit_loop.epoch_progress
+    progress: Any = trainer.fit_loop.epoch_progress
     for counts in (progress.total, progress.current):
         counts.ready = counts.started = counts.processed + 1

@@ -23,7 +23,7 @@ from radargate_pl import benchmark_step
 from radargate_pl.benchmark_results import scores_of
 from radargate_pl.benchmarks import BENCHMARKS
 from radargate_pl.cli import main
-from radargate_pl.gates import StretchGate
+from radargate_pl.gates import StretchGate, TaskGate
 from radargate_pl.prompt_gates import record_prompts
 from radargate_pl.records import record_gates
 from radargate_pl.report_runs import read_run
@@ -412,6 +412,13 @@ def test_examples_that_nobody_answered_are_named(root: str, tmp_path: Path) -> N
     path.with_name(path.name.replace("rank0", "rank1")).write_text(header + line)
     with pytest.raises(ValueError, match=r"4 answered more than once"):
         run_test(tmp_path / "run", root, tasks=["sst2"], batch_size=8)
+
+
+def test_a_task_without_an_expert_is_not_answered_by_the_bare_backbone(root: str, tmp_path: Path) -> None:
+    lm = benchmark_lm(adapters(tmp_path / "experts"), gate=TaskGate)
+    with pytest.raises(ValueError, match=r"TaskGate to know an expert of 'sst2'.*gate DirectLoRA"):
+        run_test(tmp_path / "run", root, lm=lm)
+    run_test(tmp_path / "bare", root, lm=benchmark_lm([], gate=TaskGate))
 
 
 def test_a_trial_leaves_nothing_behind(root: str, tmp_path: Path) -> None:

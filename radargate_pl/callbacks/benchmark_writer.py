@@ -16,6 +16,7 @@ from radargate_pl.answers_key import answers_key, task_settings
 from radargate_pl.atomic_files import write_json, write_text
 from radargate_pl.benchmark_results import FORMAT_VERSION, scores_of, table
 from radargate_pl.finished_tests import PREDICTIONS, RESULTS, FinishedTests
+from radargate_pl.network_checks import check_expert_of
 from radargate_pl.partial_answers import AnsweredBatch, PartialAnswers
 from radargate_pl.processes import decided_by_first
 from radargate_pl.provenance import installed_versions
@@ -64,7 +65,7 @@ class BenchmarkWriter(Callback):
         """Ids of the examples of a task that need no answer; all processes must ask for the same tasks in order.
 
         Raises:
-            ValueError: an answer on disk is damaged; naming file and line.
+            ValueError: an answer on disk is damaged, naming file and line; or `check_expert_of` refuses.
         """
         if task not in self._tasks:
             self._tasks[task] = decided_by_first(lambda: self._begin(trainer, pl_module, task), trainer)
@@ -72,6 +73,7 @@ class BenchmarkWriter(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: Any, task: str) -> _Task:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        check_expert_of(pl_module.network, task)
         begun = _Task(answers_key(pl_module.network, data, task, str(trainer.precision)))
         folder = _folder(trainer, task)
         partial = PartialAnswers(folder, begun.key)
