@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -208,6 +209,37 @@ def test_answers_that_are_not_numbers_are_no_answers(root: str, tmp_path: Path, 
     with pytest.raises(ValueError, match=expected):
         run_test(tmp_path / "run", root, tasks=["arc_easy"])
     assert not partial_files(tmp_path / "run")
+
+
+def written(root: Path, task: str, line: dict[str, Any], text: str, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The prediction for one example, of which the model wrote this text."""
+    root.mkdir()
+    whole = {"id": "x1", "task": task, "benchmark": task, **line}
+    (root / f"{task}.jsonl").write_text(json.dumps(whole) + "\n")
+    patch.setattr(benchmark_step, "generate_texts", lambda *_, **__: [(text, 3)])
+    run_test(root.parent / "run", str(root), tasks=[task], protocol="generation")
+    (row,) = predictions(root.parent / "run", task)
+    return row
+
+
+def test_private_texts_do_not_come_back_through_what_the_model_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["a secret crystal", "some other thing", "a third of them", "the secret glass"]
+    line = {"inputs": {"question": "secret?"}, "choices": options, "answer": options[3], "answer_index": 3}
+    text = "It is a secret crystal or glass. The answer is (D)."
+    row = written(tmp_path / "root", "gpqa", line, text, monkeypatch)
+    assert row["output"] == hashlib.sha256(text.encode()).hexdigest()
+    assert (row["extracted"], row["answer"], row["correct"], row["choices"]) == ("D", "D", True, list("ABCD"))
+    assert not [path for path in (tmp_path / "run").rglob("*.json*") if "secret" in path.read_text()]
+
+
+def test_equal_options_are_counted_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["to sea", "to bed", "to bed", "home", "to town"]
+    line = {"inputs": {"source": "Where to?"}, "choices": options, "answer": "home", "answer_index": 3}
+    row = written(tmp_path / "root", "cot_ecqa", line, "The answer is home.", monkeypatch)
+    assert (row["choices"], row["extracted"], row["correct"]) == (options, "home", True)
+    assert read_json(tmp_path / "run" / "test" / "cot_ecqa" / "results.json")["chance"] == pytest.approx(1 / 5)
 
 
 # ---------------------------------------------------------------------------------------------- processes and kills
