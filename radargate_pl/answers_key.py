@@ -2,10 +2,16 @@
 
 import hashlib
 import json
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from radargate_pl import __version__
 from radargate_pl.fingerprints import fingerprint_state
 from radargate_pl.networks import GatedNetwork
+from radargate_pl.scoring import AnswerFormat, equivalence
+
+# What judges an answer of these formats, besides this package.
+_PACKAGES: dict[AnswerFormat, str] = {"math": "math-verify", "rouge": "rouge_score", "translation": "sacrebleu"}
 
 
 def task_settings(data: Any, task: str) -> dict[str, Any]:
@@ -32,8 +38,37 @@ def task_settings(data: Any, task: str) -> dict[str, Any]:
     }
 
 
+def judge_of(answer_format: AnswerFormat) -> dict[str, str | None] | None:
+    """Who judges answers of a format: another version of it, or string rules in its place, may judge otherwise.
+
+    Args:
+        answer_format: of the task.
+
+    Returns:
+        ``name`` and ``version``; ``None`` for formats that need no other package.
+    """
+    package = _PACKAGES.get(answer_format)
+    if package is None:
+        return None
+    if answer_format == "math" and not equivalence.is_installed():
+        return {"name": "string rules", "version": __version__}
+    return {"name": package, "version": package_version(package)}
+
+
+def package_version(package: str) -> str | None:
+    """The installed version of a package, ``None`` if it is absent.
+
+    Args:
+        package: its name.
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def answers_key(network: GatedNetwork, data: Any, task: str, precision: str) -> str:
-    """SHA-256 over everything that an answer depends on: weights, gate, prompts, protocol and settings.
+    """SHA-256 over everything that an answer depends on: weights, gate, prompts, protocol, settings and judge.
 
     Batch size and number of processes do not enter.
 
@@ -57,5 +92,7 @@ def answers_key(network: GatedNetwork, data: Any, task: str, precision: str) -> 
         "task": task_settings(data, task),
         "items": items.hexdigest(),
     }
+    if judge := judge_of(data.benchmarks[task].answer_format):
+        facts["judge"] = judge
     text = json.dumps(facts, sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

@@ -131,12 +131,12 @@ def _generated(
     rows = []
     for item, (text, tokens) in zip(batch["items"], written, strict=True):
         judgement = judge(benchmark.answer_format, text, Reference(item.references, item.choices))
-        names = dict(zip(item.choices, _choice_names(item, benchmark), strict=True))
-        extracted, answer = judgement.extracted, item.references[0]
-        row = {**_question(item, benchmark), "output": text, "extracted": names.get(extracted or "", extracted)}
-        row |= {"correct": judgement.correct, "answer": names.get(answer, answer)}
-        row |= {"targets": list(item.references)} if len(item.references) > 1 else {}
-        row |= {"choices": list(names.values())} if names else {}
+        targets = [_named(reference, item, benchmark) for reference in item.references]
+        extracted = None if judgement.extracted is None else _named(judgement.extracted, item, benchmark)
+        row = {**_question(item, benchmark), "output": _kept(text, benchmark), "extracted": extracted}
+        row |= {"correct": judgement.correct, "answer": targets[0]}
+        row |= {"targets": targets} if len(targets) > 1 else {}
+        row |= {"choices": _choice_names(item, benchmark)} if item.choices else {}
         row |= {} if judgement.value is None else {"value": round(judgement.value, DIGITS)}
         rows.append({**row, "tokens": tokens})
     return rows, gates, sum(tokens for _, tokens in written)
@@ -144,8 +144,19 @@ def _generated(
 
 def _question(item: Item, benchmark: Benchmark) -> Row:
     """Id, task and prompt; of a benchmark whose authors ask to keep its texts private, only the prompt's SHA-256."""
-    digest = hashlib.sha256(item.prompt.encode()).hexdigest()
-    return {"id": item.id, "task": item.task, "prompt": digest if benchmark.is_private else item.prompt}
+    return {"id": item.id, "task": item.task, "prompt": _kept(item.prompt, benchmark)}
+
+
+def _kept(text: str, benchmark: Benchmark) -> str:
+    """The text, or the SHA-256 of a private one; what a model writes may repeat its prompt."""
+    return hashlib.sha256(text.encode()).hexdigest() if benchmark.is_private else text
+
+
+def _named(answer: str, item: Item, benchmark: Benchmark) -> str:
+    """An answer as it stands in files: the name of the first choice with this text."""
+    if answer in item.choices:
+        return _choice_names(item, benchmark)[item.choices.index(answer)]
+    return _kept(answer, benchmark)
 
 
 def _choice_names(item: Item, benchmark: Benchmark) -> list[str]:

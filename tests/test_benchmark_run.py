@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,8 @@ from tiny_benchmarks import COUNTS, After, benchmark_lm, files_of, lines_of, run
 from tiny_models import batch_of, network_of
 from tiny_runs import adapters, read_json
 
-from radargate_pl import benchmark_step
+import radargate_pl
+from radargate_pl import answers_key, benchmark_step
 from radargate_pl.benchmark_results import scores_of
 from radargate_pl.benchmarks import BENCHMARKS
 from radargate_pl.cli import main
@@ -27,6 +30,7 @@ from radargate_pl.gates import StretchGate, TaskGate
 from radargate_pl.prompt_gates import record_prompts
 from radargate_pl.records import record_gates
 from radargate_pl.report_runs import read_run
+from radargate_pl.scoring import equivalence
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +223,67 @@ def test_answers_that_are_not_numbers_are_no_answers(root: str, tmp_path: Path, 
     with pytest.raises(ValueError, match=expected):
         run_test(tmp_path / "run", root, tasks=["arc_easy"])
     assert not partial_files(tmp_path / "run")
+
+
+def written(root: Path, task: str, line: dict[str, Any], text: str, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The prediction for one example, of which the model wrote this text."""
+    root.mkdir()
+    whole = {"id": "x1", "task": task, "benchmark": task, **line}
+    (root / f"{task}.jsonl").write_text(json.dumps(whole) + "\n")
+    patch.setattr(benchmark_step, "generate_texts", lambda *_, **__: [(text, 3)])
+    run_test(root.parent / "run", str(root), tasks=[task], protocol="generation")
+    (row,) = predictions(root.parent / "run", task)
+    return row
+
+
+def test_private_texts_do_not_come_back_through_what_the_model_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["a secret crystal", "some other thing", "a third of them", "the secret glass"]
+    line = {"inputs": {"question": "secret?"}, "choices": options, "answer": options[3], "answer_index": 3}
+    text = "It is a secret crystal or glass. The answer is (D)."
+    row = written(tmp_path / "root", "gpqa", line, text, monkeypatch)
+    assert row["output"] == hashlib.sha256(text.encode()).hexdigest()
+    assert (row["extracted"], row["answer"], row["correct"], row["choices"]) == ("D", "D", True, list("ABCD"))
+    assert not [path for path in (tmp_path / "run").rglob("*.json*") if "secret" in path.read_text()]
+
+
+def test_equal_options_are_counted_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["to sea", "to bed", "to bed", "home", "to town"]
+    line = {"inputs": {"source": "Where to?"}, "choices": options, "answer": "home", "answer_index": 3}
+    row = written(tmp_path / "root", "cot_ecqa", line, "The answer is home.", monkeypatch)
+    assert (row["choices"], row["extracted"], row["correct"]) == (options, "home", True)
+    assert read_json(tmp_path / "run" / "test" / "cot_ecqa" / "results.json")["chance"] == pytest.approx(1 / 5)
+
+
+def test_answers_of_another_judge_are_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Math-Verify accepts formulas that string rules do not."""
+    root, run = tmp_path / "root", tmp_path / "run"
+    line = {"inputs": {"problem": "x - 1?"}, "answer": "$x-1$"}
+    monkeypatch.setattr(equivalence, "is_installed", lambda: False)
+    assert written(root, "math", line, r"\boxed{-1 + x}", monkeypatch)["correct"] is False
+    results = run / "test" / "math" / "results.json"
+    assert read_json(results)["judge"] == {"name": "string rules", "version": radargate_pl.__version__}
+    _, counted = run_test(run, str(root), tasks=["math"])
+    assert counted.ids == []
+    monkeypatch.setattr(equivalence, "is_installed", lambda: True)
+    monkeypatch.setattr(equivalence, "_shared", lambda: SimpleNamespace(ask=lambda *_: True))
+    monkeypatch.setattr(answers_key, "package_version", {"math-verify": "1.2.3"}.get)
+    _, counted = run_test(run, str(root), tasks=["math"])
+    assert counted.ids == ["x1"]
+    assert predictions(run, "math")[0]["correct"] is True
+    assert read_json(results)["judge"] == {"name": "math-verify", "version": "1.2.3"}
+
+
+def test_the_judge_is_named_where_it_is_a_package(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_json(undisturbed / "test" / "gsm8k" / "results.json")["judge"] is None
+    monkeypatch.setattr(answers_key, "package_version", {"sacrebleu": "2.0", "rouge_score": "0.1"}.get)
+    named = {a: answers_key.judge_of(a) for a in ("choice", "number", "text", "rouge", "translation")}
+    assert [named.pop(a) for a in ("choice", "number", "text")] == [None] * 3
+    assert named == {
+        "rouge": {"name": "rouge_score", "version": "0.1"},
+        "translation": {"name": "sacrebleu", "version": "2.0"},
+    }
 
 
 # ---------------------------------------------------------------------------------------------- processes and kills

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.tensorboard import SummaryWriter
 
-from radargate_pl.answers_key import answers_key, task_settings
+from radargate_pl.answers_key import answers_key, judge_of, task_settings
 from radargate_pl.atomic_files import write_json, write_text
 from radargate_pl.benchmark_results import FORMAT_VERSION, scores_of, table
 from radargate_pl.finished_tests import PREDICTIONS, RESULTS, FinishedTests
@@ -141,6 +141,7 @@ class BenchmarkWriter(Callback):
             **scores_of(benchmark, data.protocol_of(benchmark), rows),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+            "judge": judge_of(benchmark.answer_format),
             "gate": network.describe(),
             "combine": network.combine,
             "fingerprints": network.fingerprints,
