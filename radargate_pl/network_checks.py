@@ -116,8 +116,8 @@ def check_expert_of(network: "GatedNetwork", task: str) -> None:
         raise ValueError(
             f"Expected TaskGate to know an expert of {task!r}, but the experts {list(network.experts)} belong to other "
             "tasks. Choose one for all (--model.network.init_args.gate DirectLoRA "
-            "--model.network.init_args.gate.expert NAME), another gate, or --model.network.init_args.experts '[]' for the "
-            "bare backbone."
+            "--model.network.init_args.gate.expert NAME), another gate, or for the bare backbone "
+            "--model.network.init_args.experts '[]'."
         )
 
 
