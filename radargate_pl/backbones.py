@@ -120,6 +120,21 @@ def is_encoder_decoder(backbone: str) -> bool:
     return not gguf and bool(_from_pretrained(transformers.AutoConfig, backbone, where).is_encoder_decoder)
 
 
+def context_length(backbone: str) -> int | None:
+    """How many positions a backbone has, in tokens, from its configuration alone; ``None`` where nothing limits them.
+
+    Args:
+        backbone: as in `load_backbone`; a `.gguf` file says nothing here.
+    """
+    import transformers
+
+    where, gguf = _located(backbone)
+    if gguf:
+        return None
+    positions = getattr(_from_pretrained(transformers.AutoConfig, backbone, where), "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
 def resolve_backbone(backbone: str) -> Path | str:
     """Return the folder or `.gguf` file of a backbone, or the hub id itself; built-in ones are made on first use.
 

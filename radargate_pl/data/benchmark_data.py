@@ -120,9 +120,13 @@ class BenchmarkData(LightningDataModule):
     def encoder(self) -> RequestEncoder:
         """Turns items into token ids; the tokenizer is loaded on first use."""
         if self._encoder is None:
-            from radargate_pl.backbones import is_encoder_decoder, load_tokenizer
+            from radargate_pl.backbones import context_length, is_encoder_decoder, load_tokenizer
 
             tokenizer = load_tokenizer(self.tokenizer_name)
+            context = context_length(self.tokenizer_name)
+            if context is not None and context < self.max_length:
+                rank_zero_info(f"max_length is {context}, the context of {self.tokenizer_name}, not {self.max_length}")
+                self.max_length = context
             closed = is_encoder_decoder(self.tokenizer_name)
             self._encoder = RequestEncoder(tokenizer, self.prompt, self.max_length, closed)
         return self._encoder

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from radargate_pl.benchmarks import Benchmark, Protocol
 from radargate_pl.data.benchmark_fields import Fields
 from radargate_pl.data.records import BadRecords
+from radargate_pl.scoring import Reference, judge
 
 PLACE = re.compile(r"\{(\w+)(?::(\w+))?\}")
 BETWEEN_EXAMPLES = "\n\n"
@@ -52,7 +53,7 @@ class ItemMaker:
                 f"Expected protocol: ranking for benchmarks with choices, but {benchmark.name} is an open question. "
                 "Set protocol: standard or generation."
             )
-        self.benchmark = benchmark
+        self.benchmark, self.protocol = benchmark, protocol
         template = (protocol == "generation" and benchmark.generation_prompt) or benchmark.prompt
         self.template = (in_chat and benchmark.chat_prompt) or template
         # An answer in words is held against the options that the prompt lists, not against their letters.
@@ -84,7 +85,20 @@ class ItemMaker:
             return None
         index = example.answer_index
         references = example.answers if index is None else (choices[index],)
+        if problem := self._unjudgeable(references, choices):
+            bad_records.add(self.benchmark.name, example.where, problem)
+            return None
         return Item(example.id, self.benchmark.name, prompt, choices, index, references, example.where)
+
+    def _unjudgeable(self, references: tuple[str, ...], choices: tuple[str, ...]) -> str:
+        """Why no output could be held against these references; empty if one can."""
+        if self.protocol == "ranking" or self.benchmark.answer_format not in ("choice", "number"):
+            return ""
+        try:
+            judge(self.benchmark.answer_format, "", Reference(references, choices))
+        except ValueError as error:
+            return "no answer can be judged by it" if self.benchmark.is_private else str(error)
+        return ""
 
     def _choices(self, example: Fields) -> tuple[str, ...]:
         labels = self.benchmark.labels

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import save_tokenizer
@@ -190,3 +191,24 @@ def test_a_task_that_cannot_be_scored_is_refused_at_once(tokenizer, monkeypatch)
     message = r"the package sacrebleu for the bleu of wmt14_en_de.*pip install 'radargate-pl\[benchmarks\]'"
     with pytest.raises(ValueError, match=message):
         BenchmarkData(["wmt14_en_de"], tokenizer)
+
+
+def test_the_models_own_context_is_the_limit(root, tokenizer, caplog):
+    path = Path(tokenizer) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 200}))
+    with caplog.at_level(logging.INFO):
+        data = made(["rte"], tokenizer, root)
+    assert "max_length is 200, the context of" in caplog.text
+    assert data.truncated["rte"] == ["rte-2"]
+    assert all(batch["input_ids"].shape[1] <= 200 for batch in data.test_dataloader())
+
+
+def test_references_that_nothing_can_be_held_against_are_bad_records(root, tokenizer):
+    path = Path(root) / "gsm8k.jsonl"
+    path.write_text(
+        path.read_text() + "\n" + json.dumps({"id": "w", "inputs": {"question": "?"}, "answer": "eighteen"})
+    )
+    with pytest.raises(ValueError, match=r"gsm8k\.jsonl:4: Expected the answer to be a number.*'eighteen'"):
+        made(["gsm8k"], tokenizer, root)
+    data = made(["gsm8k"], tokenizer, root, on_bad_record="skip")
+    assert [item.id for item in data.items("gsm8k")] == ["q0", "q1", "q2"]
