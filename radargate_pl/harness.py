@@ -76,9 +76,9 @@ def expert_id(network: "GatedNetwork", name: str | None) -> int | None:
     Raises:
         ValueError: if TaskGate is given none, another gate is given one, or there is no such expert.
     """
-    from radargate_pl.gates import TaskGate
+    from radargate_pl.network_checks import goes_by_task
 
-    by_task = any(isinstance(layer.gate, TaskGate) for layer in network.layers.values())
+    by_task = goes_by_task(network)
     if by_task and name is None:
         raise ValueError(
             "Expected --expert with TaskGate: it answers with the expert of an example's own task, and tasks of the "

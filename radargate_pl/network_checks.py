@@ -87,14 +87,18 @@ def check_expert_ids(context: Context, rows: int, experts: tuple[str, ...]) -> N
         )
 
 
+def goes_by_task(network: "GatedNetwork") -> bool:
+    """Whether an example is answered by the expert of its own task (TaskGate)."""
+    return any(isinstance(layer.gate, TaskGate) for layer in network.layers.values())
+
+
 def check_experts_of_tasks(network: "GatedNetwork") -> None:
     """Refuse to train experts by the task they belong to when they belong to none: nothing would train.
 
     Raises:
         ValueError: naming tasks and experts.
     """
-    by_task = any(isinstance(layer.gate, TaskGate) for layer in network.layers.values())
-    if by_task and network.train_part != "gate" and max(network.expert_of_task.values(), default=0) < 0:
+    if goes_by_task(network) and network.train_part != "gate" and max(network.expert_of_task.values(), default=0) < 0:
         raise ValueError(
             f"Expected TaskGate to know an expert of some task of {list(network.expert_of_task)}, but the experts "
             f"{list(network.experts)} belong to none. Choose another gate, or new_experts.per: task."
@@ -111,8 +115,7 @@ def check_expert_of(network: "GatedNetwork", task: str) -> None:
     Raises:
         ValueError: naming task and experts.
     """
-    by_task = any(isinstance(layer.gate, TaskGate) for layer in network.layers.values())
-    if by_task and network.expert_of_task.get(task, -1) < 0:
+    if goes_by_task(network) and network.expert_of_task.get(task, -1) < 0:
         raise ValueError(
             f"Expected TaskGate to know an expert of {task!r}, but the experts {list(network.experts)} belong to other "
             "tasks. Choose one for all (--model.network.init_args.gate DirectLoRA "

@@ -133,11 +133,15 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("has_verifier", [True, False])
-@pytest.mark.parametrize(("formula", "number"), NO_NUMBERS)
+# Math-Verify itself reads brackets as parentheses and a prime as nothing: there its word counts.
+BY_VERIFIER = [pair for pair in NO_NUMBERS if pair[0] not in ("[3]", "5'")]
+
+
+@pytest.mark.parametrize(
+    ("formula", "number", "has_verifier"),
+    [*((*pair, True) for pair in BY_VERIFIER), *((*pair, False) for pair in NO_NUMBERS)],
+)
 def test_a_formula_is_not_the_number_in_it(formula, number, has_verifier, monkeypatch):
-    if has_verifier and formula in ("[3]", "5'"):
-        pytest.skip("Math-Verify itself reads brackets as parentheses and a prime as nothing")
     if not has_verifier:
         monkeypatch.setattr(equivalence, "is_installed", lambda: False)
     assert not equal_mathematics(number, formula)

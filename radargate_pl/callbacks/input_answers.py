@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 
 from radargate_pl.atomic_files import write_text
 from radargate_pl.data.inputs import NAME
-from radargate_pl.gates import TaskGate
+from radargate_pl.network_checks import goes_by_task
 from radargate_pl.processes import gathered
 
 
@@ -45,7 +45,7 @@ class InputAnswers(Callback):
         prompts = getattr(trainer.datamodule, "own_prompts", [])  # type: ignore[attr-defined]
         homeless = [one.record.where for one in prompts if one.task is None]
         network = pl_module.built_network
-        by_task = any(isinstance(layer.gate, TaskGate) for layer in network.layers.values())
+        by_task = goes_by_task(network)
         if homeless and by_task and len(set(network.expert_of_task.values())) > 1:
             raise ValueError(
                 f"Expected every prompt to name its task under TaskGate, which answers with that task's expert, but "
