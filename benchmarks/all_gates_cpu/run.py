@@ -187,6 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--timed_steps", type=int, default=8, help="steps of each row that are timed, one run after another"
     )
+    parser.add_argument("--length_window", type=int, help="batches sorted by length; the library's if left out")
     parser.add_argument("--rows", nargs="*", help="only the rows whose name begins so")
     parser.add_argument("--backbone", default="smollm2-135m-q4", help="of configs and last_config")
     parser.add_argument("--last_config", default=str(HERE / "cpu.yaml"), help="config after all others")
@@ -201,7 +202,7 @@ def main() -> None:
     configs, places = library.configs, [str(Path(args.data).resolve() / place) for place in library.places]
     data = [f"--data.init_args.tasks=[{', '.join(places)}]"]
     data += [f"--data.init_args.validation_examples={library.validation}"]
-    data += [f"--data.init_args.length_window={library.window}"]
+    data += [f"--data.init_args.length_window={args.length_window or library.window}"]
     training = [*data, f"--trainer.max_steps={args.expert_steps}", "--data.init_args.batch_size=8"]
     if args.experts:
         experts = Path(args.experts).resolve()
