@@ -24,14 +24,16 @@ def in_parallel(jobs: list[Job], workers: int, last_config: Path | None = None) 
 def radargate(run: Path, words: list[str], threads: int, last_config: Path | None = None) -> None:
     """Runs one command unless its run folder says that it ended well.
 
-    `last_config` comes after the other config files and before the settings, which win over it.
+    `last_config` comes after the other config files and before the settings, which win over it. A fit that was
+    interrupted goes on from its newest checkpoint.
     """
     if status(run) == "ok":
         return
     files = [word for word in words[1:] if word.startswith("--config=")]
     settings = [word for word in words[1:] if not word.startswith("--config=")]
     last = [f"--config={last_config}"] if last_config else []
-    words = [words[0], *files, *last, *settings, f"--trainer.default_root_dir={run}", "--overwrite=true"]
+    again = "--ckpt_path=auto" if words[0] == "fit" else "--overwrite=true"
+    words = [words[0], *files, *last, *settings, f"--trainer.default_root_dir={run}", again]
     print("radargate", *words, flush=True)
     python(["cli.py", *words], log=run.parent / f"{run.name}.log", threads=threads)
 
