@@ -185,7 +185,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--expert_steps", type=int, default=250)
     parser.add_argument("--gate_steps", type=int, default=80)
     parser.add_argument(
-        "--timed_steps", type=int, default=8, help="steps of each row that are timed, one run after another"
+        "--timed_steps", type=int, default=8, help="steps of each row that are timed, one run after another; 0: none"
     )
     parser.add_argument("--length_window", type=int, help="batches sorted by length; the library's if left out")
     parser.add_argument("--rows", nargs="*", help="only the rows whose name begins so")
@@ -220,7 +220,7 @@ def main() -> None:
     in_parallel(jobs, args.workers, last)
     timed = [timing_job(row, runs, base, args.timed_steps) for row in over if row.command == "fit"]
     timed += [timing_job(row, runs, training, args.timed_steps) for row in own]
-    in_parallel(timed, 1, last)
+    in_parallel(timed if args.timed_steps else [], 1, last)
     (runs / "table.md").write_text(table([*over, *own], runs))
     print(table([*over, *own], runs))
 
