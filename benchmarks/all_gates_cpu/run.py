@@ -168,7 +168,8 @@ def table(all_rows: list[Row], runs: Path) -> str:
         run, losses = best_of(row, runs)
         told = summary(run)
         cells = [row.name, f"{told['mean']['loss']:.4f}", f"{told['mean']['exact_match']:.2f}"]
-        cells += [min(losses, key=lambda name: losses[name]), " / ".join(f"{loss:.4f}" for loss in losses.values())]
+        at_rates = " / ".join(f"{loss:.4f}" for loss in losses.values()) if row.rates else ""
+        cells += [min(losses, key=lambda name: losses[name]), at_rates]
         cells += [f"{told['parameters']['trainable']:,}", seconds_a_step(row, runs)]
         lines.append([*cells, f"{told['peak_memory_bytes'] / 1e9:.1f}"])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
