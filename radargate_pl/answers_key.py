@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from radargate_pl import __version__
+from radargate_pl.benchmarks import RULES
 from radargate_pl.fingerprints import fingerprint_state
 from radargate_pl.networks import GatedNetwork
 from radargate_pl.scoring import AnswerFormat, equivalence
@@ -91,6 +92,7 @@ def answers_key(network: GatedNetwork, data: Any, task: str, precision: str) -> 
         "precision": precision,
         "task": task_settings(data, task),
         "items": items.hexdigest(),
+        "rules": RULES,
     }
     if judge := judge_of(data.benchmarks[task].answer_format):
         facts["judge"] = judge

@@ -50,7 +50,8 @@ def _levels(score: str, rows: Sequence[Mapping[str, Any]]) -> tuple[float | None
     if score == "matthews":
         return 0.0, 0.0  # no correlation with anything, in both cases
     positions = [str(row["choices"].index(row["answer"])) for row in rows]
-    return majority_level(positions), chance_level([len(row["choices"]) for row in rows])
+    # Equal choices are right together.
+    return majority_level(positions), chance_level([len(r["choices"]) / r["choices"].count(r["answer"]) for r in rows])
 
 
 def _scored(row: Mapping[str, Any], is_correct: bool) -> Row:

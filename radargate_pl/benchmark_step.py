@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
+from radargate_pl.benchmarks import judge_answer
 from radargate_pl.generation import generate_texts
 from radargate_pl.losses import IGNORE_INDEX
 from radargate_pl.networks import GatedNetwork
@@ -16,11 +17,13 @@ from radargate_pl.ranking import (
     best_choice,
     best_choice_by_bytes,
     can_share_prompts,
+    encode_prompts,
+    encoded_log_likelihoods,
     log_likelihoods,
     share_prompts,
     shared_log_likelihoods,
 )
-from radargate_pl.scoring import Reference, judge
+from radargate_pl.scoring import Reference
 
 if TYPE_CHECKING:
     from radargate_pl.benchmarks import Benchmark
@@ -39,7 +42,8 @@ class BenchmarkOutput(TypedDict):
     Attributes:
         gates: ``None``; each row has a summary of its own.
         rows: a line of ``predictions.jsonl`` for each item of the batch.
-        tokens: tokens behind the answers: of prompts and continuations in ranking, the generated ones in generation.
+        tokens: tokens behind the answers: in generation the generated ones, in ranking those that the model read, a
+            prompt once for all its choices where the backbone can go on from it.
     """
 
     gates: None
@@ -74,18 +78,19 @@ def answer_batch(lm: Any, batch: BenchmarkBatch) -> BenchmarkOutput:
 def _ranked(
     network: GatedNetwork, batch: BenchmarkBatch, benchmark: Benchmark, expert: Tensor
 ) -> tuple[list[Row], PromptGates, int]:
-    likelihoods, gates = _likelihoods(network, batch, expert)
+    likelihoods, gates, tokens = _likelihoods(network, batch, expert)
     _check_numbers(likelihoods, network, batch)
     of_item: list[list[float]] = [[] for _ in batch["items"]]
     for position, value in zip(batch["item"].tolist(), likelihoods.tolist(), strict=True):
         of_item[position].append(round(value, DIGITS))
     rows = []
     for item, scores in zip(batch["items"], of_item, strict=True):
-        chosen, names = best_choice(scores), _choice_names(item, benchmark)
-        row = {**_question(item, benchmark), "output": names[chosen], "extracted": names[chosen]}
-        row |= {"correct": chosen == item.answer_index, "answer": names[item.answer_index or 0], "choices": names}
+        names = _choice_names(item, benchmark)
+        chosen, answer = names[best_choice(scores)], names[item.answer_index or 0]
+        row = {**_question(item, benchmark), "output": chosen, "extracted": chosen}
+        row |= {"correct": chosen == answer, "answer": answer, "choices": names}
         rows.append({**row, "logprobs": scores, "chosen_bytes": best_choice_by_bytes(scores, item.choices)})
-    return rows, gates, int(batch["attention_mask"].sum())
+    return rows, gates, tokens
 
 
 def _check_numbers(likelihoods: Tensor, network: GatedNetwork, batch: BenchmarkBatch) -> None:
@@ -101,23 +106,27 @@ def _check_numbers(likelihoods: Tensor, network: GatedNetwork, batch: BenchmarkB
     )
 
 
-def _likelihoods(network: GatedNetwork, batch: BenchmarkBatch, expert: Tensor) -> tuple[Tensor, PromptGates]:
-    """The log-likelihood of every row, and the gates of every item's prompt, of which its first row tells."""
+def _likelihoods(network: GatedNetwork, batch: BenchmarkBatch, expert: Tensor) -> tuple[Tensor, PromptGates, int]:
+    """The log-likelihood of every row, the gates of every item's prompt, of which its first row tells, tokens read."""
     item, tensors = batch["item"], (batch["input_ids"], batch["attention_mask"], batch["labels"])
     first = torch.cat([item.new_ones(1, dtype=torch.bool), item[1:] != item[:-1]]).nonzero().squeeze(-1)
-    if network.is_encoder_decoder or not can_share_prompts(network, expert[:1]):
+    if not network.is_encoder_decoder and not can_share_prompts(network, expert[:1]):
         is_token = batch["attention_mask"].bool()
-        prompts = (
-            {"encoder": is_token[first]}
-            if network.is_encoder_decoder
-            else {"decoder": (is_token & (batch["labels"] == IGNORE_INDEX))[first]}
-        )
-        with record_prompts(network.backbone, prompts, first) as gates:
-            return log_likelihoods(network, *tensors, expert), gates
-    shared = share_prompts(*tensors, expert)
+        prompts = (is_token & (batch["labels"] == IGNORE_INDEX))[first]
+        with record_prompts(network.backbone, {"decoder": prompts}, first) as gates:
+            return log_likelihoods(network, *tensors, expert), gates, int(is_token.sum())
+    shared = share_prompts(*tensors, expert, network.is_encoder_decoder)
     rows = shared.of_row[first]
-    with record_prompts(network.backbone, {"decoder": shared.attention_mask[rows].bool()}, rows) as gates:
-        return shared_log_likelihoods(network, shared), gates
+    prompts = shared.attention_mask[rows].bool()
+    if not network.is_encoder_decoder:
+        with record_prompts(network.backbone, {"decoder": prompts}, rows) as gates:
+            return shared_log_likelihoods(network, shared), gates, shared.tokens
+    with record_prompts(network.backbone, {"encoder": prompts}, rows) as gates:
+        encoded = encode_prompts(network, shared)
+    with record_prompts(network.backbone, {"encoder": prompts}, first) as behind:
+        likelihoods = encoded_log_likelihoods(network, shared, encoded)
+    gates.merge(behind)
+    return likelihoods, gates, shared.tokens + len(shared.of_row) * len(network.start_ids)
 
 
 def _generated(
@@ -130,7 +139,7 @@ def _generated(
         written = generate_texts(network, *prompts, max_new_tokens=limit, stop=stop, expert=expert)
     rows = []
     for item, (text, tokens) in zip(batch["items"], written, strict=True):
-        judgement = judge(benchmark.answer_format, text, Reference(item.references, item.choices))
+        judgement = judge_answer(benchmark, text, Reference(item.references, item.choices))
         targets = [_named(reference, item, benchmark) for reference in item.references]
         extracted = None if judgement.extracted is None else _named(judgement.extracted, item, benchmark)
         row = {**_question(item, benchmark), "output": _kept(text, benchmark), "extracted": extracted}
@@ -160,5 +169,5 @@ def _named(answer: str, item: Item, benchmark: Benchmark) -> str:
 
 
 def _choice_names(item: Item, benchmark: Benchmark) -> list[str]:
-    """The choices as they stand in files: their texts, or letters where the texts are to stay private."""
-    return [chr(ord("A") + n) for n in range(len(item.choices))] if benchmark.is_private else list(item.choices)
+    """The choices as they stand in files: texts, or letters where those are private; equal choices have equal ones."""
+    return [chr(ord("A") + item.choices.index(text)) if benchmark.is_private else text for text in item.choices]

@@ -50,8 +50,22 @@ class PromptGates:
             counted = slot.counted.view(tokens.shape)
             square = (slot.angles.square().sum(-1).view(tokens.shape) * counted).sum(1).double()
             number = counted.sum(1).double() * slot.angles.shape[-1]
-            self.angle_square = square if self.angle_square is None else self.angle_square + square
-            self.angle_count = number if self.angle_count is None else self.angle_count + number
+            self._add_angles(square, number)
+
+    def merge(self, other: "PromptGates") -> None:
+        """Take in the sums over other layers of the same prompts.
+
+        Args:
+            other: their sums.
+        """
+        for name, count in other.top.items():
+            self.top[name] = self.top[name] + count if name in self.top else count
+        if other.angle_square is not None and other.angle_count is not None:
+            self._add_angles(other.angle_square, other.angle_count)
+
+    def _add_angles(self, square: Tensor, number: Tensor) -> None:
+        self.angle_square = square if self.angle_square is None else self.angle_square + square
+        self.angle_count = number if self.angle_count is None else self.angle_count + number
 
     def summaries(self, prompts: int) -> list[dict[str, Any]]:
         """The gate of each prompt in numbers.

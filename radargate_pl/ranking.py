@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from radargate_pl.decoder_start import decoder_inputs
 from radargate_pl.label_logits import only_positions
 from radargate_pl.losses import IGNORE_INDEX, token_cross_entropy
 from radargate_pl.network_checks import takes_position_ids
@@ -45,10 +46,10 @@ def log_likelihoods(
 
 
 class SharedPrompts(NamedTuple):
-    """A ranking batch of a causal model with each different prompt once.
+    """A ranking batch with each different prompt once.
 
     Attributes:
-        input_ids: prompts, left-padded, (P, S) int64.
+        input_ids: prompts, left-padded, right-padded for an encoder, (P, S) int64.
         attention_mask: (P, S) int64.
         expert: id of each prompt's own expert, (P,) int64, or ``None``.
         of_row: the prompt each row belongs to, (R,) int64.
@@ -62,6 +63,11 @@ class SharedPrompts(NamedTuple):
     of_row: Tensor
     continuations: Tensor
     mask: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model reads: every prompt once, and each continuation but for its last token."""
+        return int(self.attention_mask.sum()) + int(self.mask[:, 1:].sum())
 
 
 @torch.no_grad()
@@ -96,31 +102,39 @@ def _selects_rows(cache: Any) -> bool:
     )
 
 
-def share_prompts(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, expert: Tensor | None) -> SharedPrompts:
+def share_prompts(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    expert: Tensor | None,
+    is_encoder_decoder: bool = False,
+) -> SharedPrompts:
     """Take prompts and continuations apart.
 
     Args:
-        input_ids: prompt and continuation, right-padded, (R, S) int64.
+        input_ids: prompt and continuation, or the prompt alone of an encoder-decoder model, right-padded, (R, S) int64.
         attention_mask: (R, S) int64.
-        labels: the last tokens of each row, at least one, IGNORE_INDEX elsewhere; (R, S) int64.
+        labels: the last tokens of each row, at least one, or the targets of an encoder-decoder model, IGNORE_INDEX
+            elsewhere; int64.
         expert: id of each row's own expert, (R,) int64.
+        is_encoder_decoder: whether prompts and continuations are sequences of their own.
     """
-    sizes, lengths = (labels != IGNORE_INDEX).sum(1).tolist(), attention_mask.sum(1).tolist()
-    owners = [-1] * len(sizes) if expert is None else expert.tolist()
+    continuations = [row[row != IGNORE_INDEX] for row in labels.cpu()]
+    behind = [0 if is_encoder_decoder else len(row) for row in continuations]
+    lengths, owners = attention_mask.sum(1).tolist(), [-1] * len(behind) if expert is None else expert.tolist()
     prompts: dict[tuple[int, tuple[int, ...]], int] = {}
-    of_row, continuations = [], []
-    for ids, length, size, owner in zip(input_ids.tolist(), lengths, sizes, owners, strict=True):
+    of_row = []
+    for ids, length, size, owner in zip(input_ids.tolist(), lengths, behind, owners, strict=True):
         of_row.append(prompts.setdefault((owner, tuple(ids[: length - size])), len(prompts)))
-        continuations.append(torch.tensor(ids[length - size : length]))
     texts = [torch.tensor(ids, dtype=torch.int64) for _, ids in prompts]
-    device, pad = input_ids.device, torch.nn.utils.rnn.pad_sequence
+    device, pad, side = input_ids.device, torch.nn.utils.rnn.pad_sequence, "right" if is_encoder_decoder else "left"
 
     def ones(rows: list[Tensor]) -> list[Tensor]:
         return [torch.ones_like(row) for row in rows]
 
     return SharedPrompts(
-        input_ids=pad(texts, True, padding_side="left").to(device),
-        attention_mask=pad(ones(texts), True, padding_side="left").to(device),
+        input_ids=pad(texts, True, padding_side=side).to(device),
+        attention_mask=pad(ones(texts), True, padding_side=side).to(device),
         expert=None if expert is None else torch.tensor([owner for owner, _ in prompts], device=device),
         of_row=torch.tensor(of_row, device=device),
         continuations=pad(continuations, True).to(device),
@@ -154,6 +168,49 @@ def shared_log_likelihoods(network: GatedNetwork, batch: SharedPrompts) -> Tenso
     logits, _ = _forward(network, batch.continuations[:, :-1], attention_mask, read, expert, cache)
     losses = token_cross_entropy(logits, batch.continuations[:, 1:][read]).double()
     return sums.index_add(0, read.nonzero()[:, 0], -losses)
+
+
+@torch.no_grad()
+def encode_prompts(network: GatedNetwork, batch: SharedPrompts) -> Any:
+    """What the encoder makes of each different prompt.
+
+    Args:
+        network: encoder-decoder, in evaluation mode.
+        batch: see `share_prompts`.
+
+    Returns:
+        The encoder's output, (P, S, width).
+    """
+    network.context.replace(batch.expert, {"encoder": batch.attention_mask.bool()})
+    encoder: Any = network.backbone.get_encoder()
+    return encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, return_dict=True)
+
+
+@torch.no_grad()
+def encoded_log_likelihoods(network: GatedNetwork, batch: SharedPrompts, encoded: Any) -> Tensor:
+    """What `log_likelihoods` computes, but the encoder reads each different prompt once.
+
+    Args:
+        network: encoder-decoder, in evaluation mode.
+        batch: see `share_prompts`.
+        encoded: of `encode_prompts`, which is used up.
+
+    Returns:
+        (R,) float64 in nats.
+    """
+    labels = batch.continuations.masked_fill(~batch.mask, IGNORE_INDEX)
+    inputs = decoder_inputs(labels, network.start_ids, network.tokenizer.pad_token_id)
+    attention_mask = batch.attention_mask[batch.of_row]
+    expert = None if batch.expert is None else batch.expert[batch.of_row]
+    encoded.last_hidden_state = encoded.last_hidden_state[batch.of_row]
+    network.context.replace(expert, {"encoder": attention_mask.bool(), "decoder": inputs.tokens})
+    kept = inputs.targets != IGNORE_INDEX
+    with only_positions(network.backbone.get_output_embeddings(), kept):
+        logits = network.backbone(
+            encoder_outputs=encoded, attention_mask=attention_mask, decoder_input_ids=inputs.input_ids, use_cache=False
+        ).logits
+    sums = torch.zeros(len(labels), dtype=torch.float64, device=logits.device)
+    return sums.index_add(0, kept.nonzero()[:, 0], -token_cross_entropy(logits, inputs.targets[kept]).double())
 
 
 def _forward(

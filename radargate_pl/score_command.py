@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from radargate_pl.atomic_files import write_text
-from radargate_pl.benchmarks import BENCHMARKS, Benchmark, natural_instruction
+from radargate_pl.benchmarks import BENCHMARKS, Benchmark, judge_answer, natural_instruction
 from radargate_pl.predictions import Mistakes, Prediction, read_predictions, with_references
 from radargate_pl.scoring import Judgement, Reference, Row, chance_level, judge, majority_level, measure
 
@@ -140,9 +140,14 @@ def summarise(benchmark: Benchmark, judged: Sequence[Judged]) -> dict[str, Any]:
             name: {"value": found.value, "low": found.low, "high": found.high} for name, found in metrics.items()
         },
         "majority": majority_level([row.answer for row in rows]) if labels else None,
-        "chance": chance_level([len(one.choices) for one in judged]) if all(one.choices for one in judged) else None,
+        "chance": chance_level([_odds(one) for one in judged]) if all(one.choices for one in judged) else None,
         "extracted_share": sum(row.extracted is not None for row in rows) / len(rows),
     }
+
+
+def _odds(judged: Judged) -> float:
+    """One in so many choices is right; equal ones are right together."""
+    return len(judged.choices) / max(judged.choices.count(judged.row.answer), 1)
 
 
 def _judge(benchmark: Benchmark, prediction: Prediction) -> Judged:
@@ -156,25 +161,12 @@ def _judge(benchmark: Benchmark, prediction: Prediction) -> Judged:
         reference = reference._replace(choices=prediction.choices or benchmark.labels)
         if not reference.choices:
             raise ValueError(f"no choices; the options of {benchmark.name} differ from question to question")
-    judgement = _judge_output(benchmark, prediction.output, reference)
+    judgement = judge_answer(benchmark, prediction.output, reference)
     answer = prediction.answers[0]
     if reference.choices:  # the reference as the option it names
         answer = judge("choice", answer, reference).extracted or answer
     row = Row(judgement.correct, judgement.extracted, answer, prediction.output, judgement.value)
     return Judged(prediction, reference.choices, judgement, row)
-
-
-def _judge_output(benchmark: Benchmark, output: str, reference: Reference) -> Judgement:
-    """Look for labels, which the prompt asks for, and where there is none for the names of the labels."""
-    judgement = judge(benchmark.answer_format, output, reference)
-    if judgement.extracted is not None or not benchmark.names:
-        return judgement
-    names = dict(zip(benchmark.labels, benchmark.names, strict=True))
-    answers, choices = (tuple(names.get(text, text) for text in texts) for texts in reference[:2])
-    named = judge(benchmark.answer_format, output, Reference(answers, choices))
-    if named.extracted is None:
-        return judgement
-    return named._replace(extracted=reference.choices[choices.index(named.extracted)])
 
 
 def _in_labels(benchmark: Benchmark, lines: Mapping[str, Prediction]) -> dict[str, Prediction]:

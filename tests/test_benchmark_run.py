@@ -248,6 +248,31 @@ def test_private_texts_do_not_come_back_through_what_the_model_wrote(
     assert not [path for path in (tmp_path / "run").rglob("*.json*") if "secret" in path.read_text()]
 
 
+def test_equal_options_are_right_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plainly and by bytes; whichever of them the data call the answer, and for whom draws lots."""
+    options = ["to sea", "to bed", "to bed", "home", "to town"]
+    line = {"id": "x1", "inputs": {"source": "Where to?"}, "choices": options, "answer": "to bed", "answer_index": 2}
+    (tmp_path / "cot_ecqa.jsonl").write_text(json.dumps(line) + "\n")
+    likelihoods = torch.tensor([-9.0, -1.0, -1.0, -9.0, -9.0], dtype=torch.float64)
+    monkeypatch.setattr(benchmark_step, "shared_log_likelihoods", lambda *_: likelihoods)
+    run_test(tmp_path / "run", str(tmp_path), tasks=["cot_ecqa"])
+    (row,) = predictions(tmp_path / "run", "cot_ecqa")
+    assert (row["output"], row["answer"], row["correct"]) == ("to bed", "to bed", True)
+    found = read_json(tmp_path / "run" / "test" / "cot_ecqa" / "results.json")
+    assert found["metrics"]["accuracy"] == found["metrics"]["accuracy_bytes"]
+    assert (found["score"]["value"], found["chance"]) == (1.0, pytest.approx(2 / 5))
+
+
+@pytest.mark.parametrize(("text", "extracted"), [("entailment", "True"), ("not_entailment", "False"), ("True", "True")])
+def test_the_names_of_the_data_are_answers_too(
+    text: str, extracted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for `radargate score`."""
+    line = {"inputs": {"sentence1": "It rains.", "sentence2": "It is wet."}, "answer": "entailment", "answer_index": 0}
+    row = written(tmp_path / "root", "rte", line, f"It is {text}.", monkeypatch)
+    assert (row["extracted"], row["correct"], row["answer"]) == (extracted, extracted == "True", "True")
+
+
 def test_equal_options_are_counted_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["to sea", "to bed", "to bed", "home", "to town"]
     line = {"inputs": {"source": "Where to?"}, "choices": options, "answer": "home", "answer_index": 3}

@@ -17,6 +17,8 @@ from radargate_pl.ranking import (
     best_choice,
     best_choice_by_bytes,
     can_share_prompts,
+    encode_prompts,
+    encoded_log_likelihoods,
     log_likelihoods,
     share_prompts,
     shared_log_likelihoods,
@@ -78,6 +80,10 @@ def test_equal_a_plain_model_one_token_at_a_time(kind: str) -> None:
     if kind not in SEQ2SEQ:
         shared = shared_log_likelihoods(network, share_prompts(**batch(kind, pairs()), expert=None))
         assert shared.tolist() == pytest.approx(expected, abs=1e-4)
+    else:
+        prompts = share_prompts(**batch(kind, pairs()), expert=None, is_encoder_decoder=True)
+        found = encoded_log_likelihoods(network, prompts, encode_prompts(network, prompts))
+        assert found.tolist() == pytest.approx(expected, abs=1e-4)
     assert len({round(value, 2) for value in expected}) == len(expected)
 
 
@@ -126,6 +132,44 @@ def test_prompts_read_once_give_the_same_likelihoods(kind: str) -> None:
         assert found.tolist() == pytest.approx(log_likelihoods(network, **tensors, expert=expert).tolist(), abs=1e-4)
 
 
+ITEMS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4])  # of `questions`
+
+
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+@pytest.mark.parametrize("gate", ["radar", "task"])
+def test_an_encoder_reads_a_prompt_once(kind: str, gate: str) -> None:
+    """With the same likelihoods and the same gates as where it reads the prompt again for every choice."""
+    network, (rows, experts) = network_of(kind, gate), questions()
+    tensors, expert, read = batch(kind, rows), torch.tensor(experts), []
+    hook = network.backbone.get_encoder().register_forward_pre_hook(
+        lambda _, args, options: read.append(options["input_ids"].shape[0]), with_kwargs=True
+    )
+    asked: Any = {**tensors, "item": ITEMS}
+    found, gates, tokens = _likelihoods(network, asked, expert)
+    assert read == [len(CHOICES) + 1]
+    hook.remove()
+    first = torch.tensor([int(ITEMS.eq(n).nonzero()[0]) for n in range(5)])
+    prompts = {"encoder": tensors["attention_mask"].bool()[first]}
+    with record_prompts(network.backbone, prompts, first) as again:
+        expected = log_likelihoods(network, **tensors, expert=expert)
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    for one, other in zip(gates.summaries(5), again.summaries(5), strict=True):
+        assert one["top_expert_share"] == pytest.approx(other["top_expert_share"], abs=1e-5)
+        assert one["rms_angle_rad"] == pytest.approx(other["rms_angle_rad"], abs=1e-4)
+    prompt_tokens = sum(len(rows[n][0]) for n in first.tolist())
+    assert tokens == prompt_tokens + sum(len(c) - 1 + len(network.start_ids) for _, c in rows)
+
+
+def test_tokens_are_those_that_were_read() -> None:
+    """A prompt once for all its choices, of a choice all tokens but the last; all again where nothing can be shared."""
+    rows, experts = questions()
+    expert, longer = torch.tensor(experts), sum(len(p) + len(c) for p, c in rows)
+    asked: Any = {"item": ITEMS}
+    shared = sum(len(rows[int(ITEMS.eq(n).nonzero()[0])][0]) for n in range(5)) + sum(len(c) - 1 for _, c in rows)
+    for kind, expected in (("llama", shared), ("lfm2", longer)):
+        assert _likelihoods(network_of(kind, "task"), {**asked, **batch(kind, rows)}, expert)[2] == expected
+
+
 def test_choices_of_one_token_need_one_forward_over_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     network, prompt = network_of("llama", experts=[]), pairs()[0][0]
     tensors, calls = batch("llama", [(prompt, [7]), (prompt, [9]), (prompt[1:], [9])]), []
@@ -168,9 +212,9 @@ def test_whether_prompts_can_be_shared_is_asked_once(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("kind", ["llama", "lfm2"])
 def test_gates_over_a_prompt_do_not_depend_on_how_it_is_read(kind: str) -> None:
     network, (rows, experts) = network_of(kind, "radar"), questions()
-    item = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4])
+    item = ITEMS
     asked: Any = {**batch(kind, rows), "item": item}
-    found, gates = _likelihoods(network, asked, torch.tensor(experts))
+    found, gates, _ = _likelihoods(network, asked, torch.tensor(experts))
     assert found.tolist() == pytest.approx(log_likelihoods(network, **batch(kind, rows)).tolist(), abs=1e-4)
     for n, summary in enumerate(gates.summaries(5)):
         first = int((item == n).nonzero()[0])

@@ -7,6 +7,7 @@ in `mathematics.py`; WMT14 in `translation.py`. The nine fitting tasks and natur
 from radargate_pl.benchmarks.declaration import PROTOCOLS, Benchmark, HubLayout, Protocol
 from radargate_pl.benchmarks.glue import GLUE
 from radargate_pl.benchmarks.instructions import FLAN_COT, natural_instruction
+from radargate_pl.benchmarks.judging import RULES, judge_answer
 from radargate_pl.benchmarks.knowledge import KNOWLEDGE
 from radargate_pl.benchmarks.mathematics import MATHEMATICS
 from radargate_pl.benchmarks.translation import WMT14
@@ -28,8 +29,10 @@ __all__ = [
     "GROUPS",
     "NIV2",
     "PROTOCOLS",
+    "RULES",
     "Benchmark",
     "HubLayout",
     "Protocol",
+    "judge_answer",
     "natural_instruction",
 ]

@@ -18,7 +18,9 @@ _NUMBER = re.compile(
     rf"|(?P<digits>{_DIGITS}))"
 )
 _MARKER = re.compile(r"####[\s*$]*(?:\\boxed\{\s*)?(?=[-.\d]|" + _CURRENCY + ")")
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+_FRACTION = re.compile(
+    r"\\[dt]?frac\s*(?:\{\s*(?P<minus>-?)\s*(?P<above>\d+)\s*\}|(?P<digit>\d))\s*(?:\{\s*(?P<below>\d+)\s*\}|(?P<last>\d))"
+)
 _LATEX_SPACES = re.compile(r"\{,\}|\\[!,;: ]")
 
 # Beyond these an exact value may fill the memory, and no answer is this long.
@@ -94,9 +96,16 @@ def _is_too_long(part: str) -> bool:
 
 def _prepared(text: str) -> str:
     r"""One spelling for what has several: ``\frac{1}{2}`` and vulgar fractions become ``1/2``."""
-    text = _FRACTION.sub(r" \1/\2", _LATEX_SPACES.sub(lambda found: "," if found[0] == "{,}" else "", plain(text)))
+    text = _FRACTION.sub(_fraction, _LATEX_SPACES.sub(lambda found: "," if found[0] == "{,}" else "", plain(text)))
     text = text.replace("\\$", "$").replace("**", "")
     return text if text.isascii() else "".join(_vulgar(character) for character in text)
+
+
+def _fraction(found: re.Match[str]) -> str:
+    r"""Apart from what stands before (``1\frac{1}{2}`` is mixed), but for a minus that takes nothing away."""
+    before = found.string[max(found.start() - 2, 0) : found.start()]
+    gap = "" if re.fullmatch(r"[^\w)\]}%]?-", before, re.DOTALL) else " "
+    return f"{gap}{found['minus'] or ''}{found['above'] or found['digit']}/{found['below'] or found['last']}"
 
 
 def _vulgar(character: str) -> str:

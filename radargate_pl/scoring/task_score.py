@@ -103,11 +103,11 @@ def majority_level(answers: Sequence[str]) -> float:
     return Counter(answers).most_common(1)[0][1] / len(answers)
 
 
-def chance_level(numbers_of_choices: Sequence[int]) -> float:
+def chance_level(numbers_of_choices: Sequence[float]) -> float:
     """The expected accuracy of guessing: the mean of 1 / number of choices.
 
     Args:
-        numbers_of_choices: of each example, at least one.
+        numbers_of_choices: of each example, at least one; 2.5 where two of five are the right answer.
 
     Example:
         >>> chance_level([4, 4, 2])
