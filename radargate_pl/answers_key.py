@@ -24,13 +24,14 @@ def task_settings(data: Any, task: str) -> dict[str, Any]:
     """
     benchmark = data.benchmarks[task]
     protocol = data.protocol_of(benchmark)
-    is_written = protocol == "generation"
+    is_written, asked = protocol == "generation", data.asked_as(benchmark)
     return {
         "task": task,
         "group": benchmark.group,
         "protocol": protocol,
         "prompt_version": benchmark.prompt_version,
-        "prompt": data.prompt,
+        "prompt": asked.prompt or ("standard" if benchmark.source_prompt else "plain"),
+        "special_tokens": asked.special_tokens,
         "num_fewshot": data.num_fewshot,
         "limit": data.limit,
         "max_length": data.max_length,

@@ -68,7 +68,8 @@ class Benchmark:
         labels: Choices in label order where they are the same for every item (fewer choices take the first ones).
         names: What the data call the labels, in the same order; `labels` themselves when empty.
         generation_prompt: Template of `protocol: generation` where it is another one.
-        chat_prompt: Template of the user's turn in a chat where it is another one.
+        source_prompt: For tasks that the mixture trains on: template of what `FlanMixture` takes for the source. Asked
+            as in a fit, it stands in the fit's own prompt. Empty for tasks that are only tested on.
         description: Stands before the first example.
         stop: Generation ends before any of these.
         max_new_tokens: Longest generated answer, in tokens.
@@ -88,7 +89,7 @@ class Benchmark:
     labels: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     generation_prompt: str = ""
-    chat_prompt: str = ""
+    source_prompt: str = ""
     description: str = ""
     stop: tuple[str, ...] = ("\n",)
     max_new_tokens: int = 32

@@ -1,6 +1,7 @@
 """Tasks that the mixture trains on, on their test files: the paper's nine fitting tasks and natural instructions.
 
-In a chat their prompt is the source alone, which is what `FlanMixture` shows; elsewhere a cue for the answer follows.
+Asked as in a fit, their prompt is what `FlanMixture` shows; where no fit is known, a cue for the answer follows the
+source.
 """
 
 from radargate_pl.benchmarks.declaration import Benchmark
@@ -17,7 +18,7 @@ def _choice(name: str, labels: tuple[str, ...], citation: str) -> Benchmark:
         group="FLAN-CoT",
         paper_name=name,
         prompt=PROMPT,
-        chat_prompt="{source}",
+        source_prompt="{source}",
         labels=labels,
         answer_format="choice",
         protocol="ranking",
@@ -35,7 +36,7 @@ def _open(name: str, answer_format: AnswerFormat, metric: str, max_new_tokens: i
         group="FLAN-CoT",
         paper_name=name,
         prompt=PROMPT,
-        chat_prompt="{source}",
+        source_prompt="{source}",
         answer_format=answer_format,
         protocol="generation",
         metrics=(metric,),
@@ -78,7 +79,7 @@ def natural_instruction(name: str, category: str | None) -> Benchmark:
         group="niv2",
         paper_name=name,
         prompt=PROMPT,
-        chat_prompt="{source}",
+        source_prompt="{source}",
         answer_format=answer_format,
         protocol="generation",
         metrics=metrics,

@@ -9,11 +9,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from radargate_pl.benchmarks import PROTOCOLS, Benchmark, Protocol
-from radargate_pl.data.benchmark_encoding import Request, RequestEncoder
+from radargate_pl.data.benchmark_encoding import AskedAs, Request, RequestEncoder
 from radargate_pl.data.benchmark_fields import Fields
 from radargate_pl.data.benchmark_files import BenchmarkSource, find_benchmarks, read_fields
 from radargate_pl.data.benchmark_items import Item, ItemMaker
 from radargate_pl.data.benchmark_requests import BenchmarkBatch, RequestCollator, RequestGroup, grouped, share
+from radargate_pl.data.prompts import check_prompt
 from radargate_pl.data.records import BadRecords
 from radargate_pl.data.workers import leave_signals_to_the_main_process
 from radargate_pl.scoring.optional_packages import check_packages
@@ -34,7 +35,14 @@ class BenchmarkData(LightningDataModule):
         limit: Examples a task uses at most, from the front; all when null.
         num_fewshot: The first so many examples of a task stand before each prompt, and are not scored.
         protocol: `standard` is that of each task; `ranking` takes the likeliest choice, `generation` writes an answer.
-        prompt: `plain`, or `chat` for the tokenizer's chat template around each prompt.
+        prompt: What stands around the prompt of every task: nothing (`plain`), the tokenizer's chat template (`chat`),
+            or a template with `{source}` in it. Tasks that `FlanMixture` trains on are then asked exactly as by it.
+            When null, those are asked by `fitting_prompt`, all others plain.
+        special_tokens: Whether prompts get the tokenizer's own special tokens (never with a chat template); false where
+            the template in `prompt` writes them.
+        fitting_prompt: The `prompt` of the `FlanMixture` that the model was fitted on. `radargate test` takes it from
+            the config of the run. When null, the source and a line with `Answer:`.
+        fitting_special_tokens: The `special_tokens` of that `FlanMixture`.
         batch_size: Rows a batch; ranking has a row for every choice of an example.
         max_length: Tokens of prompt and answer together. A longer prompt loses its middle, an answer nothing.
         max_new_tokens: Longest generated answer, in tokens; that of each task when null.
@@ -46,7 +54,7 @@ class BenchmarkData(LightningDataModule):
         truncated: Ids of the prompts of each task that lost their middle.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  flat, because these are what a user types
         self,
         tasks: str | list[str],
         tokenizer: str,
@@ -54,12 +62,15 @@ class BenchmarkData(LightningDataModule):
         limit: int | None = None,
         num_fewshot: int = 0,
         protocol: Literal["standard", "ranking", "generation"] = "standard",
-        prompt: Literal["plain", "chat"] = "plain",
+        prompt: str | None = None,
         batch_size: int = 16,
         max_length: int = 2048,
         max_new_tokens: int | None = None,
         on_bad_record: Literal["raise", "skip"] = "raise",
         num_workers: int = 0,
+        special_tokens: bool = True,
+        fitting_prompt: str | None = None,
+        fitting_special_tokens: bool = True,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -71,6 +82,9 @@ class BenchmarkData(LightningDataModule):
         ):
             if value is not None and value < least:
                 raise ValueError(f"Expected {name} to be {least} or more, but got {value}.")
+        for given in (prompt, fitting_prompt):
+            if given is not None:
+                check_prompt(given)
         if protocol not in ("standard", *PROTOCOLS):
             raise ValueError(f"Expected protocol to be standard, ranking or generation, but got {protocol!r}.")
         self.sources = find_benchmarks(tasks, root)
@@ -78,7 +92,8 @@ class BenchmarkData(LightningDataModule):
         self.limit = limit
         self.num_fewshot = num_fewshot
         self.protocol = protocol
-        self.prompt = prompt
+        self.prompt, self.special_tokens = prompt, special_tokens
+        self.fitting_prompt, self.fitting_special_tokens = fitting_prompt, fitting_special_tokens
         self.batch_size = batch_size
         self.max_length = max_length
         self.max_new_tokens = max_new_tokens
@@ -88,7 +103,8 @@ class BenchmarkData(LightningDataModule):
         self.truncated: dict[str, list[str]] = {}
         self._requests: dict[str, list[Request]] = {}
         self._reserved: dict[str, tuple[str, ...]] = {}
-        self._encoder: RequestEncoder | None = None
+        self._backbone: tuple[Any, bool] | None = None
+        self._encoders: dict[AskedAs, RequestEncoder] = {}
         for source in self.sources:  # what cannot be asked or scored is refused before anything is read
             ItemMaker(source.benchmark, self.protocol_of(source.benchmark))
             check_packages(source.benchmark.metrics, source.benchmark.name)
@@ -116,20 +132,32 @@ class BenchmarkData(LightningDataModule):
         """Longest generated answer of a benchmark, in tokens."""
         return self.max_new_tokens or benchmark.max_new_tokens
 
+    def asked_as(self, benchmark: Benchmark) -> AskedAs:
+        """What stands around the prompts of a benchmark."""
+        is_of_fit = bool(benchmark.source_prompt)
+        if self.prompt is None and is_of_fit and self.fitting_prompt is not None:
+            return AskedAs(self.fitting_prompt, self.fitting_special_tokens, as_in_fit=True)
+        return AskedAs(self.prompt, self.special_tokens, as_in_fit=is_of_fit and self.prompt is not None)
+
     @property
-    def encoder(self) -> RequestEncoder:
-        """Turns items into token ids; the tokenizer is loaded on first use."""
-        if self._encoder is None:
+    def backbone(self) -> tuple[Any, bool]:
+        """The tokenizer, loaded on first use, and whether the backbone is an encoder-decoder."""
+        if self._backbone is None:
             from radargate_pl.backbones import context_length, is_encoder_decoder, load_tokenizer
 
-            tokenizer = load_tokenizer(self.tokenizer_name)
+            self._backbone = load_tokenizer(self.tokenizer_name), is_encoder_decoder(self.tokenizer_name)
             context = context_length(self.tokenizer_name)
             if context is not None and context < self.max_length:
                 rank_zero_info(f"max_length is {context}, the context of {self.tokenizer_name}, not {self.max_length}")
                 self.max_length = context
-            closed = is_encoder_decoder(self.tokenizer_name)
-            self._encoder = RequestEncoder(tokenizer, self.prompt, self.max_length, closed)
-        return self._encoder
+        return self._backbone
+
+    def encoder_of(self, benchmark: Benchmark) -> RequestEncoder:
+        """Turns the items of a benchmark into token ids."""
+        asked, (tokenizer, is_encoder_decoder) = self.asked_as(benchmark), self.backbone
+        if asked not in self._encoders:
+            self._encoders[asked] = RequestEncoder(tokenizer, asked, self.max_length, is_encoder_decoder)
+        return self._encoders[asked]
 
     def prepare_data(self) -> None:
         """Download what is not here; Lightning calls this on one process. Bad input is refused here too."""
@@ -150,11 +178,11 @@ class BenchmarkData(LightningDataModule):
         self.bad_records.raise_if_any()
 
     def _read(self, source: BenchmarkSource) -> None:
-        benchmark, encoder = source.benchmark, self.encoder
+        benchmark, encoder = source.benchmark, self.encoder_of(source.benchmark)
         protocol = self.protocol_of(benchmark)
         shown, scored = self._divided(benchmark, read_fields(source, self.bad_records))
         self._reserved[benchmark.name] = tuple(example.id for example in shown)
-        items = ItemMaker(benchmark, protocol, encoder.in_chat).items(shown, scored, self.bad_records)
+        items = ItemMaker(benchmark, protocol, encoder.asked.as_in_fit).items(shown, scored, self.bad_records)
         if protocol == "ranking":
             requests = encoder.ranking(items, self.bad_records)
         else:
@@ -221,8 +249,8 @@ class BenchmarkData(LightningDataModule):
         groups = self.groups()
         if not groups:
             raise ValueError(f"Expected examples to test on, but none are left in {', '.join(self.task_names)}.")
-        pad = self.encoder.tokenizer.pad_token_id
-        collate: Callable[[Any], BenchmarkBatch] = RequestCollator(pad, self.encoder.is_encoder_decoder)
+        tokenizer, is_encoder_decoder = self.backbone
+        collate: Callable[[Any], BenchmarkBatch] = RequestCollator(tokenizer.pad_token_id, is_encoder_decoder)
         mine: Sequence[RequestGroup] = share(groups, rank, world_size)
         return DataLoader(
             mine,  # type: ignore[arg-type]  # a list of batches is data enough

@@ -1,11 +1,31 @@
-"""Encodes items of benchmarks as token ids, prompt and continuation together as lm-evaluation-harness does."""
+"""Encodes items of benchmarks as token ids, prompt and continuation together as lm-evaluation-harness does.
+
+Tasks of a fit are encoded as in the fit instead: prompt and answer apart.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from radargate_pl.data.benchmark_items import Item, gap
-from radargate_pl.data.prompts import PromptFormat, prompt_ids, without_middle
+from radargate_pl.data.prompts import PromptFormat, answer_ids, prompt_ids, without_middle
 from radargate_pl.data.records import BadRecords
+
+
+class AskedAs(NamedTuple):
+    """How a task is put to the model.
+
+    Args:
+        prompt: `chat`, `plain` or a template with `{source}` around the task's own prompt; None for that alone.
+        special_tokens: Whether prompts get the tokenizer's own special tokens; never with a chat template.
+        as_in_fit: Whether this is what a fit shows its sources in.
+    """
+
+    prompt: str | None = None
+    special_tokens: bool = True
+    as_in_fit: bool = False
+
+
+PLAIN = AskedAs()
 
 
 class Row(NamedTuple):
@@ -44,19 +64,21 @@ class RequestEncoder:
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        prompt: `plain`, or `chat` for the tokenizer's chat template; plain where it has none.
+        asked: How the task is put. What is not as in a fit is plain where the tokenizer has no chat template.
         max_length: Tokens of prompt and answer together; of each of the two for an encoder-decoder backbone.
         is_encoder_decoder: Whether the backbone is one.
     """
 
     def __init__(
-        self, tokenizer: Any, prompt: str = "plain", max_length: int = 2048, is_encoder_decoder: bool = False
+        self, tokenizer: Any, asked: AskedAs = PLAIN, max_length: int = 2048, is_encoder_decoder: bool = False
     ) -> None:
-        if prompt not in ("plain", "chat"):
-            raise ValueError(f"Expected prompt to be plain or chat, but got {prompt!r}.")
         self.tokenizer = tokenizer
-        self.format = PromptFormat(prompt, tokenizer, is_encoder_decoder)
+        self.asked = asked
+        self.format = PromptFormat(asked.prompt or "plain", tokenizer, is_encoder_decoder)
         self.in_chat = self.format.uses_chat_template
+        is_template = asked.prompt not in (None, "plain", "chat")
+        self._is_framed = self.in_chat or is_template or asked.as_in_fit
+        self._special = asked.special_tokens and not self.in_chat
         self.max_length = max_length
         self.is_encoder_decoder = is_encoder_decoder
 
@@ -116,18 +138,23 @@ class RequestEncoder:
         return None if text is None else shorter(text)
 
     def _text(self, prompt: str) -> str:
-        """What the tokenizer reads: the template of a chat around the prompt, or the prompt."""
-        return self.format.render(prompt) if self.in_chat else prompt
+        """What the tokenizer reads: the prompt in its frame, if it has one."""
+        return self.format.render(prompt) if self._is_framed else prompt
 
     def _pair(self, prompt: str, choice: str) -> tuple[str, str]:
         """Context and continuation as text; white space at the end of the context goes to the continuation."""
         text = self._text(prompt)
-        continuation = choice if self.in_chat else gap(prompt) + choice
+        if self.asked.as_in_fit:
+            return text, choice
+        continuation = choice if self.in_chat else gap(text) + choice
         context = text.rstrip()
         return context, text[len(context) :] + continuation
 
     def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
         contexts = self._prompts([context for context, _ in pairs])
+        if self.asked.as_in_fit:
+            answers = answer_ids(self.tokenizer, [answer for _, answer in pairs], self.is_encoder_decoder)
+            return [Row(*row) for row in zip(contexts, answers, strict=True)]
         if self.is_encoder_decoder:
             given = [continuation for _, continuation in pairs]
             continuations = prompt_ids(self.tokenizer, given, special=False, is_encoder_decoder=True)
@@ -142,4 +169,4 @@ class RequestEncoder:
         return rows
 
     def _prompts(self, texts: list[str]) -> list[list[int]]:
-        return prompt_ids(self.tokenizer, texts, not self.in_chat, self.is_encoder_decoder)
+        return prompt_ids(self.tokenizer, texts, self._special, self.is_encoder_decoder)

@@ -41,13 +41,13 @@ class ItemMaker:
     Args:
         benchmark: What it is.
         protocol: How it is asked.
-        in_chat: Whether the prompt is a user's turn.
+        as_in_fit: Whether a task that the mixture trains on is asked with the fit's own prompt around its source.
 
     Raises:
         ValueError: If choices are to be ranked and the benchmark has none.
     """
 
-    def __init__(self, benchmark: Benchmark, protocol: Protocol, in_chat: bool = False) -> None:
+    def __init__(self, benchmark: Benchmark, protocol: Protocol, as_in_fit: bool = False) -> None:
         if protocol == "ranking" and benchmark.answer_format != "choice":
             raise ValueError(
                 f"Expected protocol: ranking for benchmarks with choices, but {benchmark.name} is an open question. "
@@ -55,7 +55,7 @@ class ItemMaker:
             )
         self.benchmark, self.protocol = benchmark, protocol
         template = (protocol == "generation" and benchmark.generation_prompt) or benchmark.prompt
-        self.template = (in_chat and benchmark.chat_prompt) or template
+        self.template = (as_in_fit and benchmark.source_prompt) or template
         # An answer in words is held against the options that the prompt lists, not against their letters.
         self.takes_options = protocol == "generation" and any(m[1] == "options" for m in PLACE.finditer(self.template))
 

@@ -7,7 +7,7 @@ from radargate_pl.data.benchmark_items import Item
 if TYPE_CHECKING:
     from radargate_pl.data.benchmark_data import BenchmarkData
 
-COLUMNS = ("examples", "shown", "truncated", "protocol", "score", "prompt version")
+COLUMNS = ("examples", "shown", "truncated", "protocol", "score", "prompt version", "prompt")
 
 
 def preview(data: "BenchmarkData", n: int) -> str:
@@ -20,11 +20,12 @@ def preview(data: "BenchmarkData", n: int) -> str:
     rows: list[tuple[str, ...]] = [("task", *COLUMNS)]
     for name, benchmark in data.benchmarks.items():
         counts = (len(data.items(name)), len(data.reserved_ids(name)), len(data.truncated[name]))
-        kind = (data.protocol_of(benchmark), benchmark.metrics[0], benchmark.prompt_version)
+        asked = repr(data.asked_as(benchmark).prompt or "standard")
+        kind = (data.protocol_of(benchmark), benchmark.metrics[0], benchmark.prompt_version, asked)
         rows.append((name, *map(str, counts), *kind))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        f"BenchmarkData: {len(data.task_names)} tasks, tokenizer {data.tokenizer_name}, prompt {data.prompt!r}",
+        f"BenchmarkData: {len(data.task_names)} tasks, tokenizer {data.tokenizer_name}",
         "",
     ]
     lines += ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -20,6 +20,19 @@ def answer_text(record: Record, target: Literal["answer", "rationale"]) -> str:
     return f"{record.rationale}\nTherefore, the answer is {record.targets[0]}."
 
 
+def check_prompt(prompt: str) -> None:
+    """Refuse what is no prompt format.
+
+    Args:
+        prompt: See PromptFormat.
+
+    Raises:
+        ValueError: If it is neither `chat` nor `plain` nor has the source in it.
+    """
+    if prompt not in ("chat", "plain") and SOURCE not in prompt:
+        raise ValueError(f"Expected prompt to be chat, plain or a template with {SOURCE} in it, but got {prompt!r}.")
+
+
 @dataclass(frozen=True)
 class PromptFormat:
     """How a source becomes a prompt.
@@ -39,10 +52,7 @@ class PromptFormat:
     is_encoder_decoder: bool = False
 
     def __post_init__(self) -> None:
-        if self.prompt not in ("chat", "plain") and SOURCE not in self.prompt:
-            raise ValueError(
-                f"Expected prompt to be chat, plain or a template with {SOURCE} in it, but got {self.prompt!r}."
-            )
+        check_prompt(self.prompt)
 
     @property
     def uses_chat_template(self) -> bool:
@@ -174,11 +184,7 @@ class RecordEncoder:
     def _answer_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of the answers alone and the end token: what comes first is the decoder's (`decoder_start`)."""
         end = self.tokenizer.eos_token_id
-        if self.is_encoder_decoder:  # some tokenizers have another vocabulary for targets (Marian)
-            rows = _ids(self.tokenizer, text_target=texts, add_special_tokens=False)
-        else:
-            rows = _ids(self.tokenizer, texts, add_special_tokens=False)
-        return [[*row, end] for row in rows]
+        return [[*row, end] for row in answer_ids(self.tokenizer, texts, self.is_encoder_decoder)]
 
 
 def without_middle(text: str, fits: Callable[[str], bool]) -> str | None:
@@ -218,6 +224,19 @@ def prompt_ids(tokenizer: Any, texts: list[str], special: bool, is_encoder_decod
     end = tokenizer.eos_token_id
     begins_alike = tokenizer.bos_token_id == end
     return [row[:-1] if row[-1:] == [end] and not (begins_alike and len(row) == 1) else row for row in rows]
+
+
+def answer_ids(tokenizer: Any, texts: list[str], is_encoder_decoder: bool = False) -> list[list[int]]:
+    """Token ids of answers by themselves, as they are trained on behind a prompt; without an end token.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        texts: The answers.
+        is_encoder_decoder: Whether an answer is a sequence of its own.
+    """
+    if is_encoder_decoder:  # some tokenizers have another vocabulary for targets (Marian)
+        return _ids(tokenizer, text_target=texts, add_special_tokens=False)
+    return _ids(tokenizer, texts, add_special_tokens=False)
 
 
 def _ids(tokenize: Callable[..., Any], *texts: list[str], **options: Any) -> list[list[int]]:

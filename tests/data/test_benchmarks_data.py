@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import save_tokenizer
 
-from radargate_pl.data import BenchmarkData
+from radargate_pl.data import BenchmarkData, FlanMixture
 
 
 @pytest.fixture
@@ -148,7 +148,52 @@ def test_a_chat_template_is_used_where_asked(root, tmp_path):
     template = "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}<a>"
     data = made(["task1_add"], save_tokenizer(folder, chat_template=template), root, prompt="chat")
     (batch,) = data.test_dataloader()
-    assert data.encoder.tokenizer.decode(batch["input_ids"][0]) == "<u>Add.\n\n1 1<a>"
+    assert data.backbone[0].decode(batch["input_ids"][0]) == "<u>Add.\n\n1 1<a>"
+
+
+@pytest.mark.parametrize("backbone", ["plain_tokenizer", "chat_tokenizer", "t5_tokenizer"])
+@pytest.mark.parametrize("prompt", ["plain", "chat", "Q: {source} A:"])
+@pytest.mark.parametrize("is_handed_over", [True, False])
+def test_fitting_tasks_are_asked_as_in_the_fit(root, request, backbone, prompt, is_handed_over):
+    """Prompts and answers are those of the mixture, token by token, whether it is said for them alone or for all."""
+    tokenizer, special = request.getfixturevalue(backbone), prompt != "Q: {source} A:"
+    rows = [
+        {"id": f"c{i}", "source": f"Is it {i}?", "target": ("yes", "no")[i % 2], "choices": ["yes", "no"]}
+        for i in range(3)
+    ]
+    for split in ("train", "test"):
+        (Path(root) / f"creak.{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fit = FlanMixture(
+        tasks=[f"{root}/creak.train.jsonl", f"{root}/creak.test.jsonl", f"{root}/niv2/maths/task1_add.jsonl"],
+        tokenizer=tokenizer,
+        validation_examples=0,
+        prompt=prompt,
+        special_tokens=special,
+    )
+    fit.prepare_data()
+    fit.setup("test")
+    examples = [fit.examples("test")[number] for number in range(4)]
+    shown = {example.record.id: (list(example.prompt), list(example.answer)[:-1]) for example in examples}
+    names = ("fitting_prompt", "fitting_special_tokens") if is_handed_over else ("prompt", "special_tokens")
+    (Path(root) / "cot_creak.jsonl").write_text((Path(root) / "creak.test.jsonl").read_text())
+    data = made(["cot_creak", "task1_add", "sst2"], tokenizer, root, **dict(zip(names, (prompt, special), strict=True)))
+    for group in data.groups():
+        for asked in group.requests:
+            if group.task == 2:
+                continue
+            right = asked.rows[asked.item.answer_index or 0]
+            assert right.prompt == shown[asked.item.id][0]
+            if group.protocol == "ranking":
+                assert right.continuation == shown[asked.item.id][1]
+    if is_handed_over:  # the others are asked as ever
+        ever = made(["sst2"], tokenizer, root)
+        assert [g.requests for g in data.groups() if g.task == 2] == [g.requests for g in ever.groups()]
+
+
+@pytest.mark.parametrize("name", ["prompt", "fitting_prompt"])
+def test_what_is_no_prompt_is_refused_at_once(name):
+    with pytest.raises(ValueError, match=r"chat, plain or a template with \{source\} in it, but got 'source'"):
+        BenchmarkData(["sst2"], "nowhere", **{name: "source"})
 
 
 def test_preview(root, tokenizer):

@@ -42,7 +42,7 @@ def test_a_declaration_is_whole(benchmark):
     assert benchmark.max_new_tokens >= 16
     assert not benchmark.names or len(benchmark.names) == len(benchmark.labels)
     assert len(set(benchmark.labels)) == len(benchmark.labels)
-    for template in filter(None, (benchmark.prompt, benchmark.generation_prompt, benchmark.chat_prompt)):
+    for template in filter(None, (benchmark.prompt, benchmark.generation_prompt, benchmark.source_prompt)):
         assert template == template.rstrip()
         assert {form for _, form in PLACE.findall(template)} <= {"", "stripped", "sentence", "brackets"}
         inputs = {name for name, _ in PLACE.findall(template)} - {"options"}

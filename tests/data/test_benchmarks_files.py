@@ -30,12 +30,12 @@ COUNTS = {
 }
 
 
-def read(name, root, policy="raise", protocol=None, shown=0, in_chat=False):
+def read(name, root, policy="raise", protocol=None, shown=0, as_in_fit=False):
     """Items of one benchmark, and the bad records."""
     (source,) = find_benchmarks(name, str(root))
     bad_records = BadRecords(policy)
     fields = read_fields(source, bad_records)
-    maker = ItemMaker(source.benchmark, protocol or source.benchmark.protocol, in_chat)
+    maker = ItemMaker(source.benchmark, protocol or source.benchmark.protocol, as_in_fit)
     return maker.items(fields[:shown], fields[shown:], bad_records), bad_records
 
 
@@ -133,8 +133,8 @@ def test_golden_prompts(name, protocol):
 
 
 @needs_samples
-def test_in_a_chat_the_fitting_tasks_look_as_in_training():
-    items, _ = read("cot_gsm8k", SAMPLES, in_chat=True)
+def test_asked_as_in_a_fit_the_fitting_tasks_look_as_in_training():
+    items, _ = read("cot_gsm8k", SAMPLES, as_in_fit=True)
     with gzip.open(SAMPLES / "flan_cot" / "gsm8k.test.jsonl.gz", "rt", encoding="utf-8") as lines:
         sources = [json.loads(line)["source"] for line in lines]
     assert [item.prompt for item in items] == sources

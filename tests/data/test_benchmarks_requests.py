@@ -8,7 +8,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from radargate_pl.data.benchmark_encoding import Request, RequestEncoder, Row
+from radargate_pl.data.benchmark_encoding import AskedAs, Request, RequestEncoder, Row
 from radargate_pl.data.benchmark_items import Item
 from radargate_pl.data.benchmark_requests import RequestCollator, RequestGroup, grouped, share
 from radargate_pl.data.records import BadRecords
@@ -115,7 +115,7 @@ def test_a_prompt_stays_open():
 
 def test_in_a_chat_the_answer_follows_the_template():
     tokenizer = trained("<s> $A", crosses_words=False, chat_template=CHAT)
-    encoder = RequestEncoder(tokenizer, "chat")
+    encoder = RequestEncoder(tokenizer, AskedAs("chat"))
     assert encoder.in_chat
     (request,) = encoder.ranking([item("the cat?", "Yes")], BadRecords("raise"))
     row = request.rows[0]
@@ -123,16 +123,31 @@ def test_in_a_chat_the_answer_follows_the_template():
     assert tokenizer.decode(row.continuation) == "\nYes"
     (request,) = encoder.generation([item("the cat?")], 4, BadRecords("raise"))
     assert tokenizer.decode(request.rows[0].prompt) == "<|user|>\nthe cat?</s>\n<|assistant|>\n"
-    assert not RequestEncoder(trained(), "chat").in_chat
-    with pytest.raises(ValueError, match="plain or chat"):
-        RequestEncoder(tokenizer, "{source}")
+    assert not RequestEncoder(trained(), AskedAs("chat")).in_chat
+    with pytest.raises(ValueError, match=r"chat, plain or a template with \{source\} in it, but got 'Q:'"):
+        RequestEncoder(tokenizer, AskedAs("Q:"))
+
+
+@pytest.mark.parametrize("closing", ["", "<s> $A </s>"])
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+def test_a_template_stands_around_any_prompt(closing, is_encoder_decoder):
+    """As IndicBART wants it: the template writes the special tokens, the tokenizer none."""
+    tokenizer = trained(closing, crosses_words=False)
+    asked = AskedAs("<{source}> </s> Answer:", special_tokens=False)
+    encoder = RequestEncoder(tokenizer, asked, is_encoder_decoder=is_encoder_decoder)
+    (request,) = encoder.ranking([item("the cat?", "Yes")], BadRecords("raise"))
+    row = request.rows[0]
+    assert tokenizer.decode(row.prompt) == "<the cat?> </s> Answer:"
+    assert tokenizer.decode(row.continuation) == " Yes"
+    (request,) = encoder.generation([item("the cat?")], 4, BadRecords("raise"))
+    assert request.rows[0].prompt == row.prompt
 
 
 @pytest.mark.parametrize("prompt", ["plain", "chat"])
 @pytest.mark.parametrize("room", [48, 60, 100])
 def test_a_long_prompt_loses_its_middle_and_no_answer_a_token(prompt, room):
     tokenizer = trained("<s> $A", crosses_words=False, chat_template=CHAT)
-    encoder, whole = RequestEncoder(tokenizer, prompt, room), RequestEncoder(tokenizer, prompt, 10_000)
+    encoder, whole = (RequestEncoder(tokenizer, AskedAs(prompt), length) for length in (room, 10_000))
     long = item("Begin: " + "the cat sat. " * 60 + "\nAnswer:", "Yes", "a filter paper")
     (request,) = encoder.ranking([long], BadRecords("raise"))
     (uncut,) = whole.ranking([long], BadRecords("raise"))
