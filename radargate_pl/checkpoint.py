@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -145,6 +146,20 @@ def _fingerprint_problems(saved: Mapping[str, Any], present: Mapping[str, Any]) 
 def _some(names: list[str], shown: int = 6) -> str:
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
+
+
+def trained_experts(state: Iterable[str]) -> tuple[str, ...]:
+    """Names of the experts that trained, in the order of the library.
+
+    Args:
+        state: names of parameters in a checkpoint.
+
+    Example:
+        >>> trained_experts(["l.bank.lora_A.union", "l.bank.lora_B.union", "l.gate.scorer.weight"])
+        ('union',)
+    """
+    keys = (name.partition(".bank.lora_A.")[2] for name in state)
+    return tuple(unquote(key) for key in dict.fromkeys(keys) if key)
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:

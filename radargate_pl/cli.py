@@ -15,6 +15,7 @@ from pathlib import Path
 from radargate_pl import __version__
 from radargate_pl.config_sources import ConfigError
 
+COMMANDS = ("fit", "validate", "test", "predict")
 # Commands that train nothing: each is a program of its own, with its own --help.
 PROGRAMS = {
     "doctor": "radargate_pl.doctor",
@@ -65,7 +66,8 @@ def _run(words: list[str]) -> None:
     # script does not search; last, so that nothing there can take the place of an installed package.
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))
-    from radargate_pl.lightning_cli import RadarGateCLI, class_to_explain, print_class_help
+    from radargate_pl.class_help import class_to_explain, print_class_help
+    from radargate_pl.lightning_cli import RadarGateCLI
 
     name = class_to_explain(words)
     if name is None:

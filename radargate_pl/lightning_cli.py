@@ -1,6 +1,5 @@
 """LightningCLI with this project's parts: what the parser accepts, what happens before the trainer starts (layer 6)."""
 
-import argparse
 import inspect
 import os
 import sys
@@ -9,9 +8,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
@@ -20,10 +17,11 @@ import radargate_pl.data  # noqa: F401 - short names such as "FlanMixture" are f
 from radargate_pl import callbacks
 from radargate_pl.callbacks import Preemption, RunCheckpoint, RunProgressBar
 from radargate_pl.callbacks.input_answers import answers_to_inputs
-from radargate_pl.cli import PROGRAMS
+from radargate_pl.class_help import LINKS
+from radargate_pl.cli import COMMANDS, PROGRAMS
 from radargate_pl.config_classes import own_defaults
 from radargate_pl.config_errors import ConfigCheck
-from radargate_pl.config_schema import find_class, named_classes, nearest, parser_schema
+from radargate_pl.config_schema import nearest, parser_schema
 from radargate_pl.config_sources import (
     COMMAND_LINE,
     CommandLine,
@@ -36,23 +34,20 @@ from radargate_pl.config_sources import (
     read_yaml,
     setting_tree,
 )
-from radargate_pl.gates import Gate
+from radargate_pl.fitting_prompts import FittingPrompts
 from radargate_pl.module import AdaptedLM
 from radargate_pl.networks import GatedNetwork
-from radargate_pl.run_callbacks import LoadGateFolder, StoreConfig, plain_config
+from radargate_pl.run_callbacks import LoadGateFolder, NameTrainedExperts, StoreConfig, plain_config
 from radargate_pl.run_folder import check_run_folder, clear_run, is_gate_folder, resolve_checkpoint
 from radargate_pl.run_loggers import RunCSVLogger, RunTensorBoardLogger
 from radargate_pl.slurm import check_launch
 
-COMMANDS = ("fit", "validate", "test", "predict")
 _EPILOG = (
     "radargate doctor tells what is wrong with a machine or a config, radargate score scores predictions, radargate "
     "harness runs tasks of lm-evaluation-harness; each has its own --help. --help NAME explains one class, e.g. "
     "radargate --help RadarGate; --version prints the version; --debug shows the traceback of an error."
 )
 
-# The data's tokenizer is always the backbone's.
-LINKS = {"data.init_args.tokenizer": "model.network.init_args.backbone", "benchmarks.overwrite": "overwrite"}
 # PartsTable says what Lightning's summary would, with dtypes and bytes.
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
@@ -61,23 +56,15 @@ TRAINER_DEFAULTS = {
 }
 FLAGS = {
     "preview": "Print three records with the tokens that carry loss, and exit before any weights are loaded.",
-    "overwrite": "Replace the run that the run folder holds: its checkpoints, gate, experts and metrics are deleted.",
+    "overwrite": "Of fit: replace the run that the run folder holds; its checkpoints, gate, experts and metrics are "
+    "deleted. Of the other commands: evaluate in that folder whatever it holds; nothing of it is deleted, but "
+    "benchmarks that these very weights and settings have answered already are answered again.",
 }
 
 # Settings of the trainer that turn off what default callbacks do.
 SWITCHES: dict[str, tuple[type[Callback], ...]] = {
     "enable_checkpointing": (RunCheckpoint, Preemption),
     "enable_progress_bar": (RunProgressBar,),
-}
-
-# Classes that --help NAME explains: how many of their first arguments the program gives, and where they are set.
-EXPLAINED: dict[type, tuple[int, str | None]] = {
-    Gate: (1, "model.network.gate"),
-    GatedNetwork: (1, "model.network"),
-    LightningDataModule: (0, "data"),
-    Callback: (0, None),
-    torch.optim.Optimizer: (1, "model.optimizer"),
-    torch.optim.lr_scheduler.LRScheduler: (1, "model.lr_scheduler"),
 }
 
 
@@ -154,6 +141,7 @@ class RadarGateCLI(LightningCLI):
         merged = setting_tree("model.network.class_path", f"{GatedNetwork.__module__}.{GatedNetwork.__name__}")
         check.read(merged)
         is_complete = "print_config" not in dict(line.settings)
+        prompts = FittingPrompts()
         for name in line.files:
             try:
                 source = read_yaml(find_config(name), name)
@@ -163,6 +151,7 @@ class RadarGateCLI(LightningCLI):
                 continue
             check.read(source)
             merged = merge(merged, source)
+            prompts.read(merged)
         for key, text in line.settings:
             if key != "print_config":
                 check.read(setting_tree(key, text))
@@ -170,6 +159,7 @@ class RadarGateCLI(LightningCLI):
             check.require_all()
         check.raise_mistakes()
         drop_replaced(merged, line)
+        prompts.hand_over(merged, line)
         return merged
 
     def _parse_ckpt_path(self) -> None:
@@ -185,6 +175,8 @@ class RadarGateCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [LoadGateFolder(self._checkpoint)]
         elif self._checkpoint is not None:
             config.ckpt_path = str(self._checkpoint)
+            if self.config.subcommand != "fit":
+                self.trainer_defaults["callbacks"] = [NameTrainedExperts(self._checkpoint)]
 
     def before_instantiate_classes(self) -> None:
         """Refuses to mix two runs in one folder."""
@@ -261,37 +253,3 @@ def _no_command(word: str | None) -> str:
 
 def _has_value(line: CommandLine, key: str) -> bool:
     return dict(line.settings).get(key) is not None
-
-
-def class_to_explain(words: Sequence[str]) -> str | None:
-    """The class of ``--help NAME`` or ``--help=NAME``."""
-    for index, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name in ("-h", "--help"):
-            following = value if equals else next(iter(words[index + 1 :]), "")
-            if following and not following.startswith("-") and following not in COMMANDS:
-                return following
-    return None
-
-
-def print_class_help(name: str) -> None:
-    """Prints the arguments of one gate, data module, callback, optimiser or schedule, as they are typed.
-
-    Raises:
-        ConfigError: There is no such class.
-    """
-    bases = list(EXPLAINED)
-    try:
-        cls = find_class(name, bases)
-    except ValueError as error:
-        near = nearest(name.rpartition(".")[2], named_classes(bases))
-        raise ConfigError([f"{COMMAND_LINE}: --help {name}: there is no such class. {near}"]) from error
-    positionals, key = next(options for base, options in EXPLAINED.items() if issubclass(cls, base))
-    skip: set[str | int] = {target.rpartition(".")[2] for target in LINKS}
-    parser = ArgumentParser(prog=name, usage=argparse.SUPPRESS, add_help=False)
-    parser.add_class_arguments(
-        cls, key, as_group=False, skip=skip | {positionals} if positionals else skip, fail_untyped=False
-    )
-    print(f"{cls.__name__}, in {cls.__module__}" + (f"; chosen with --{key} {cls.__name__}" if key else ""))
-    print(f"\n{inspect.getdoc(cls) or ''}".split("\nArgs:")[0].rstrip() + "\n")
-    print(parser.format_help().strip())

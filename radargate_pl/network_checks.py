@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from radargate_pl.networks import GatedNetwork
 
 
+_GIVE_TRAINED = (
+    " Each of these needs the trained experts as given ones: --model.network.init_args.experts RUN/experts "
+    "--model.network.init_args.train gate --trainer.default_root_dir ANOTHER, and no --ckpt_path."
+)
+
+
 def check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dropout: float) -> NewExperts | None:
     """Refuse arguments that do not fit together.
 
@@ -113,15 +119,24 @@ def check_expert_of(network: "GatedNetwork", task: str) -> None:
         task: name of a task to be answered.
 
     Raises:
-        ValueError: naming task and experts.
+        ValueError: naming task and experts; or new experts are as they start, which is the bare backbone too.
     """
+    if network.new_experts is not None and not any(_has_moved(layer) for layer in network.layers.values()):
+        raise ValueError(
+            f"Expected trained experts to answer {task!r}, but {', '.join(network.experts)} are new: every B is zero. "
+            "Set --ckpt_path best."
+        )
     if goes_by_task(network) and network.expert_of_task.get(task, -1) < 0:
         raise ValueError(
             f"Expected TaskGate to know an expert of {task!r}, but the experts {list(network.experts)} belong to other "
             "tasks. Choose one for all (--model.network.init_args.gate DirectLoRA "
             "--model.network.init_args.gate.expert NAME), another gate, or for the bare backbone "
-            "--model.network.init_args.experts '[]'."
+            "--model.network.init_args.experts '[]'." + (_GIVE_TRAINED if network.new_experts else "")
         )
+
+
+def _has_moved(layer: MoELinear) -> bool:
+    return any(bool(layer.bank.expert_weights(name)[1].any()) for name in layer.bank.names)
 
 
 def check_shared_A(layers: Mapping[str, MoELinear]) -> None:

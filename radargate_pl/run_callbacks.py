@@ -1,4 +1,4 @@
-"""Callbacks that belong to the command line: they store the config, and load a gate folder (layer 6)."""
+"""Callbacks that belong to the command line: they store the config, load a gate folder, name experts (layer 6)."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from radargate_pl.benchmark_step import is_benchmark
 from radargate_pl.callbacks.exact_resume import may_validate_again
+from radargate_pl.checkpoint import load_checkpoint, trained_experts
+from radargate_pl.expert_banks import experts_of_tasks
 from radargate_pl.run_folder import stored_changes, stored_config, write_config
 from radargate_pl.run_loggers import RunCSVLogger
 
@@ -88,3 +91,32 @@ class LoadGateFolder(Callback):
         if problems:
             raise ValueError(f"The gate folder {self.folder} does not fit this configuration: {'; '.join(problems)}.")
         network.load_gate_state(read_gate_tensors(self.folder))
+
+
+class NameTrainedExperts(Callback):
+    """Lets benchmarks be asked of experts that a fit trained: those of the checkpoint, not one for each benchmark.
+
+    Which expert answers a task is found as for a folder of experts: by its name, else by its category, else the only
+    union expert. A task that none belongs to is refused by `BenchmarkWriter`.
+
+    Args:
+        checkpoint: a file that a fit wrote.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Before the network is built."""
+        if pl_module.network is not None or not is_benchmark(getattr(trainer, "datamodule", None)):
+            return
+        make, names = pl_module.network_factory, trained_experts(load_checkpoint(str(self.checkpoint))["state_dict"])
+
+        def make_with_names(tasks: Any) -> Any:
+            network = make({name: name for name in names})  # new experts are called like tasks, or their categories
+            per = network.new_experts.per if network.new_experts else None
+            network.expert_of_task = experts_of_tasks(tasks, network.experts, per=None if per == "task" else per)
+            return network
+
+        if names:
+            pl_module.network_factory = make_with_names

@@ -50,6 +50,7 @@ LAYERS = {
     },
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
+        *("class_help", "fitting_prompts"),
         *("domain_command", "doctor", "doctor_checks", "score_command", "predictions", "harness", "harness_model"),
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
