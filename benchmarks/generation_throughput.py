@@ -2,11 +2,14 @@
 
     python benchmarks/generation_throughput.py --root DATA --task gsm8k --limit 32 --max_new_tokens 64
 
-Both take turns batch by batch in one run: the frozen backbone alone with transformers' own stop strings, then the whole
-test step with judging, the summary of the gates and the answers written to disk. DATA holds the benchmark's file.
+Twice, without experts and with RadarGate over several, both take turns batch by batch: the frozen backbone alone with
+transformers' own stop strings, then the whole test step with judging, the summary of the gates and the answers written
+to disk. DATA holds the benchmark's file. Random experts answer with other texts, so tokens a second are compared.
 """
 
 import argparse
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from radargate_pl.backbones import load_backbone
 from radargate_pl.callbacks import BenchmarkWriter
 from radargate_pl.data import BenchmarkData
 from radargate_pl.gates import RadarGate
 from radargate_pl.module import AdaptedLM
-from radargate_pl.networks import GatedNetwork
+from radargate_pl.networks import GatedNetwork, NewExperts
 
 
 class PlainGenerate(Callback):
@@ -73,35 +78,59 @@ def _length(row: list[int], pad: int) -> int:
     return row.index(pad) + 1 if pad in row else len(row)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", required=True, help="folder with the file of the benchmark")
-    parser.add_argument("--runs", default="runs/generation_throughput")
-    parser.add_argument("--task", default="gsm8k")
-    parser.add_argument("--backbone", default="smollm2-135m-q4")
-    parser.add_argument(
-        "--experts", default=None, help="folder of experts, mixed by RadarGate; the backbone alone without"
-    )
-    parser.add_argument("--limit", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    options = parser.parse_args()
-    experts = options.experts or []
+@torch.no_grad()
+def random_experts(folder: str, backbone: str, count: int) -> str:
+    """Experts of rank 8 on q_proj and v_proj that turn an update of random size; returns their folder."""
+    torch.manual_seed(0)
+    new = NewExperts(per="mixture", count=count)
+    network = GatedNetwork({"any": None}, backbone=backbone, dtype="float32", new_experts=new, train="experts")
+    for layer in network.layers.values():
+        for name in layer.bank.names:
+            layer.bank.expert_weights(name)[1].normal_(std=0.02)
+    network.save_experts(folder)
+    return folder
+
+
+def measure(options: argparse.Namespace, experts: str | list[str], run: Path) -> float:
+    """Let both take turns, and print; returns tokens a second of the test by those of plain `generate`."""
     lm = AdaptedLM(lambda tasks: GatedNetwork(tasks, backbone=options.backbone, experts=experts, gate=RadarGate))
     settings = {name: getattr(options, name) for name in ("root", "limit", "batch_size", "max_new_tokens")}
     data = BenchmarkData([options.task], tokenizer=options.backbone, protocol="generation", **settings)
     plain, tested = PlainGenerate(load_backbone(options.backbone)), Stopwatch()
     trainer = Trainer(
-        default_root_dir=Path(options.runs),
+        default_root_dir=run,
         callbacks=[plain, BenchmarkWriter(overwrite=True), tested],
         **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
     )
     trainer.test(lm, datamodule=data, verbose=False)
-    print(f"{options.task}, {options.limit} examples, batches of {options.batch_size}, {lm.built_network.describe()}")
+    network = lm.built_network
+    print(f"\n{options.task}, {options.limit} examples, batches of {options.batch_size}: {network.describe()}", end="")
+    print(f" over {len(network.experts)} experts" if network.experts else "")
     for name, found in (("generate of transformers", plain), ("radargate test", tested)):
         print(f"{name}: {found.tokens} tokens in {found.seconds:.2f} s, {found.tokens / found.seconds:.1f} tokens/s")
-    print(f"ratio: {tested.tokens / tested.seconds / (plain.tokens / plain.seconds):.3f}")
+    ratio = tested.tokens / tested.seconds / (plain.tokens / plain.seconds)
+    print(f"ratio: {ratio:.3f}", flush=True)
+    return ratio
+
+
+def main() -> None:
+    """Measure the backbone alone and RadarGate over experts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", required=True, help="folder with the file of the benchmark")
+    parser.add_argument("--runs", default="runs/generation_throughput")
+    parser.add_argument("--task", default="gsm8k")
+    parser.add_argument("--backbone", default="smollm2-135m-q4")
+    parser.add_argument("--experts", help="folder of experts; without, --num_experts random ones")
+    parser.add_argument("--num_experts", type=int, nargs="+", default=[5], help="how many random ones, one run each")
+    parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    options = parser.parse_args()
+    measure(options, [], Path(options.runs) / "bare")
+    for count in [0] if options.experts else options.num_experts:
+        with tempfile.TemporaryDirectory() as folder:
+            experts = options.experts or random_experts(folder, options.backbone, count)
+            measure(options, experts, Path(options.runs) / (f"experts_{count}" if count else "experts"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ alike (by the log-likelihood, and by it a byte) and the largest difference of a 
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from lightning.pytorch import Trainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from radargate_pl.backbones import load_backbone
 from radargate_pl.callbacks import BenchmarkWriter
