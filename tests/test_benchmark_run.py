@@ -321,6 +321,7 @@ def on_rank(rank: int, world_size: int, folder: str, root: str, limit: int | Non
 
 
 def test_two_processes_equal_one_also_when_uneven(undisturbed: Path, root: str, tmp_path: Path) -> None:
+    adapters(tmp_path / "experts")  # both processes read them
     shares = on_ranks(both_ways, 2, str(tmp_path), root)
     even, uneven = (sorted(ids for rank in shares for ids in rank[way]) for way in (0, 1))
     assert len(shares[0][0]) != len(shares[1][0])
