@@ -92,7 +92,7 @@ def results_of(model: str, task: str, words: list[str]) -> dict[str, Any]:
     weights = [word.partition("=")[2] for word in words if word.startswith("--ckpt_path=")]
     return {
         "score": {"name": "accuracy", "value": value, "low": value - 0.1, "high": value + 0.1},
-        "protocol": "ranking",
+        **{"protocol": "ranking", "prompt": "plain"},
         **{"n": 3, "chance": 0.5, "majority": None, "seconds": 4.2, "truncated": 0, "gate": f"{model}()"},
         **{"dtype": "float32", "checkpoint": weights[0] if weights else None, "versions": {"torch": "2"}},
         "limit": yaml.safe_load(limit),
@@ -148,6 +148,7 @@ def test_no_more_is_claimed_than_the_intervals_show(script: tuple, place: Path) 
     (race,) = [line for line in text.splitlines() if line.startswith("| race")]
     assert "| - |" in race
     assert "| niv2 reasoning | 2 | accuracy | 0.500 +- 0.071 |" in text
+    assert "* Prompt of the fitting tasks and natural instructions: 'plain'.\n" in text
     assert not [line for line in text.splitlines() if line.startswith("| MMLU")], "not every model has answered race"
 
 

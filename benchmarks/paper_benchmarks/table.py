@@ -139,6 +139,10 @@ def _notes(results: Results, asked: Sequence[Portion]) -> str:
     ]
     if shorter:
         lines.append(f"* Longest answers in tokens, where shorter than the task's own: {', '.join(shorter)}.")
+    of_fit = {one.name for portion in asked for one in portion.benchmarks if one.source_prompt}
+    shown = {one["prompt"] for found in results.values() for task, one in found.items() if task in of_fit}
+    if shown:
+        lines.append(f"* Prompt of the fitting tasks and natural instructions: {', '.join(map(repr, sorted(shown)))}.")
     cut = {task: one["truncated"] for found in results.values() for task, one in found.items() if one["truncated"]}
     if cut:
         lines.append(f"* Prompts that lost their middle: {', '.join(f'{task} {n}' for task, n in cut.items())}.")
