@@ -67,9 +67,7 @@ class LatentSource:
             return self.kept(latents, None).flatten(1) @ self.B.matrix
         return (latents.flatten(1).to(self.dtype) @ self.B.matrix).mul_(self.bank.scaling[0])
 
-    def gradient(
-        self, latents: Tensor, indices: Tensor | None, of_total: Tensor | None, of_kept: Tensor
-    ) -> Tensor:
+    def gradient(self, latents: Tensor, indices: Tensor | None, of_total: Tensor | None, of_kept: Tensor) -> Tensor:
         """Gradient of the latents from those of ``S`` and of the kept scaled latents."""
         if of_total is None:
             gradient = latents.new_zeros(latents.shape, dtype=self.dtype)

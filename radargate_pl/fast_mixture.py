@@ -58,9 +58,7 @@ def is_fast(
     return rotation.acts_on_outputs or routing.indices is not None
 
 
-def reads_input(
-    x: Tensor, gate: Gate, bank: ExpertBank, combine: Combine, active: tuple[int, ...] | None
-) -> bool:
+def reads_input(x: Tensor, gate: Gate, bank: ExpertBank, combine: Combine, active: tuple[int, ...] | None) -> bool:
     """Tell whether a layer does better without the latents of all experts, ``S = x W_sum``.
 
     Counted in multiplications a token: latents cost ``n r (2 in + 3 out)`` in a training step, without a rotation ``2 n
@@ -103,12 +101,13 @@ def fast_mix(latents: Tensor, routing: Routing, bank: ExpertBank, rotation: Rota
         (..., out), float32.
     """
     weights, indices, _ = routing
-    source = latents.flatten(0, -3) if latents.shape[-1] else x.flatten(0, -2)
+    shape, width = weights.shape[:-1], latents.shape[-1]
+    source = latents.reshape(-1, bank.num_experts, width) if width else x.reshape(-1, bank.in_features)
     factors = (rotation.P, rotation.Q) if isinstance(rotation, RadarRotation) else (None, None)
     is_normed = isinstance(rotation, RadarRotation) and rotation.angle_norm == "rms"
-    indices = None if indices is None else indices.flatten(0, -2)
-    mixed: Tensor = _Mixed.apply(source, weights.flatten(0, -2), indices, *factors, is_normed, bank)
-    return mixed.unflatten(0, weights.shape[:-1])
+    flat = (part if part is None else part.reshape(-1, part.shape[-1]) for part in (weights, indices))
+    mixed: Tensor = _Mixed.apply(source, *flat, *factors, is_normed, bank)
+    return mixed.view(*shape, bank.out_features)
 
 
 def project_for_record(x: Tensor, bank: ExpertBank) -> Tensor:
@@ -133,7 +132,7 @@ class _Projected(torch.autograd.Function):
 
 
 class _Mixed(torch.autograd.Function):
-    """Inputs: source, weights (T, K), indices (T, K) or ``None``, P and Q or ``None``, whether angles are scale-free."""
+    """Inputs: source, weights and indices (T, K), P and Q, both or neither, whether angles are scale-free, the bank."""
 
     @staticmethod
     def forward(
