@@ -52,7 +52,7 @@ class LatentSource:
         self.B = Rows(bank.lora_B.mT.flatten(0, 1).to(dtype), bank.rank)
         # Remembered, since a list becomes a tensor on a device only by waiting for it.
         self.scaling = bank.cached(f"scaling {dtype}", lambda: bank.lora_B.new_tensor(bank.scaling, dtype=dtype))
-        self.frozen = (bank.lora_B,)
+        self.frozen: tuple[Tensor, ...] = (bank.lora_B,)
 
     def kept(self, latents: Tensor, indices: Tensor | None) -> Tensor:
         """Scaled latents of the kept experts, (T, K, r)."""

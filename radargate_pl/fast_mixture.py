@@ -49,13 +49,16 @@ def is_fast(
 ) -> bool:
     """Tell whether `fast_mix` can make this mixture; anything else takes plain operations.
 
-    It can for two or more frozen experts, all of them evaluated, summed, and either top-k without a rotation or under
-    one low-rank RadarRotation for all experts without a bound. Never inside ``torch.compile``, which makes more of the
+    It can for two or more frozen experts, all of them evaluated, summed, under one low-rank RadarRotation for all
+    experts without a bound, or without a rotation, where gathering the kept ones beats one GEMM over all: more than
+    six times ``k`` experts. Never inside ``torch.compile``, which makes more of the
     plain operations, nor for gates that experts can join, whose results must not change by a bit then.
     """
     if not routing.weights.numel() or not _suits(bank, combine, rotation, active):
         return False
-    return rotation.acts_on_outputs or routing.indices is not None
+    if rotation.acts_on_outputs:
+        return True
+    return routing.indices is not None and bank.num_experts > GATHERED * routing.indices.shape[-1]
 
 
 def reads_input(x: Tensor, gate: Gate, bank: ExpertBank, combine: Combine, active: tuple[int, ...] | None) -> bool:
