@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 RMS_EPS = 1e-8
-MOST_PASSES = 8  # largest top_k found one maximum after the other, which sorting beats only for more
+MOST_PASSES = 8  # largest top_k found one maximum after the other: as far as it was measured to pay
 
 
 def gate_dtype(dtype: torch.dtype) -> torch.dtype:
