@@ -9,8 +9,9 @@ the number of experts. Two forms:
 * from the input, for many experts: ``S = x W_sum`` with ``W_sum = sum_i s_i A_i^T B_i^T``, and only the kept experts'
   latents exist. Chosen by `reads_input`.
 
-Both round ``S`` and ``v_i`` separately: against plain operations results and gradients differ in float32 (tests allow
-2e-5 of the largest), and where all other outputs vanish, ``S - v_i`` is 1e-7 of ``v_i`` instead of zero. With one expert the plain form stays.
+Both round ``S`` and ``v_i`` separately. In float32 results and gradients differ from plain ones by rounding (tests
+allow 2e-5 of the largest), and where all other outputs vanish, ``S - v_i`` is 1e-7 of ``v_i`` instead of zero. With one
+expert the plain form stays.
 """
 
 from collections.abc import Iterator
