@@ -16,9 +16,9 @@ LAYERS = {
     1: {
         "benchmarks",
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
-        *("gates", "prototypes", "rank_rotation", "rotation_function", "rotations"),
+        *("gates", "prototypes", "fast_rotation", "rank_rotation", "rotation_function", "rotations"),
     },
-    2: {"combines", "kept_grams", "mixture", "moe", "prompt_gates", "records"},
+    2: {"combines", "expert_sources", "fast_mixture", "kept_grams", "mixture", "moe", "prompt_gates", "records"},
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),
         *("backbones", "smollm2", "debug_backbone", "hub", "folders", "fingerprints", "quantization"),
