@@ -27,6 +27,7 @@ from radargate_pl.network_checks import (
     prompt_length,
     takes_position_ids,
 )
+from radargate_pl.network_state import checkpointed_parameters, copy_state, detached, parameters_of
 from radargate_pl.new_experts import NewExperts
 
 
@@ -216,15 +217,15 @@ class GatedNetwork(nn.Module):
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return everything that trains, by ``<layer path>.gate.*`` and ``<layer path>.bank.lora_A.<expert>``."""
-        return {key: value.detach() for key, value in self._parameters_of("").items() if value.requires_grad}
+        return detached(parameters_of(self.layers), trainable_only=True)
 
     def checkpoint_state(self) -> dict[str, Tensor]:
         """Return `trainable_state`, and what gates keep fixed beside what they train (Nexus' domain embeddings)."""
-        return {key: value.detach() for key, value in self._checkpointed_parameters().items()}
+        return detached(checkpointed_parameters(self.layers, self.train_part))
 
     def gate_state(self) -> dict[str, Tensor]:
         """Return everything of the gates, trained or not, by ``<layer path>.gate.*``."""
-        return {key: value.detach() for key, value in self._parameters_of("gate.").items()}
+        return detached(parameters_of(self.layers, "gate."))
 
     def load_checkpoint_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy a `checkpoint_state` in, bit for bit.
@@ -232,7 +233,7 @@ class GatedNetwork(nn.Module):
         Raises:
             ValueError: naming every missing, unknown or misshapen key; nothing is loaded then.
         """
-        self._load(self._checkpointed_parameters(), state)
+        copy_state(checkpointed_parameters(self.layers, self.train_part), state, self.describe())
 
     def load_gate_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy a `gate_state` in, bit for bit.
@@ -240,22 +241,7 @@ class GatedNetwork(nn.Module):
         Raises:
             ValueError: as in `load_checkpoint_state`.
         """
-        self._load(self._parameters_of("gate."), state)
-
-    def _load(self, parameters: dict[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-        problems = [f"missing: {key}" for key in parameters if key not in state]
-        problems += [f"unknown: {key}" for key in state if key not in parameters]
-        for key in parameters.keys() & state.keys():
-            if parameters[key].shape != state[key].shape:
-                problems.append(
-                    f"{key}: expected shape {tuple(parameters[key].shape)}, found {tuple(state[key].shape)}"
-                )
-        if problems:
-            shown = "\n  ".join(problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else []))
-            raise ValueError(f"Expected the state of {self.describe()}, but it does not fit:\n  {shown}")
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(state[key])
+        copy_state(parameters_of(self.layers, "gate."), state, self.describe())
 
     def save_pretrained(self, folder: str | Path, include_experts: bool = False) -> None:
         """Save gate, configuration and fingerprints as data; see `radargate_pl.gate_folder.save_gate`."""
@@ -275,15 +261,3 @@ class GatedNetwork(nn.Module):
         from radargate_pl.expert_library import save_experts
 
         save_experts(self, Path(folder))
-
-    def _checkpointed_parameters(self) -> dict[str, nn.Parameter]:
-        of_gates = {} if self.train_part == "experts" else self._parameters_of("gate.")
-        return {key: value for key, value in self._parameters_of("").items() if value.requires_grad or key in of_gates}
-
-    def _parameters_of(self, part: str) -> dict[str, nn.Parameter]:
-        return {
-            f"{path}.{name}": parameter
-            for path, layer in self.layers.items()
-            for name, parameter in layer.named_parameters(remove_duplicate=False)
-            if name.startswith(part)
-        }

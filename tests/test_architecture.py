@@ -25,6 +25,10 @@ LAYERS = {
         *(
             "networks",
             "network_checks",
+            "network_state",
+            "execution",
+            "compiled_layers",
+            "grouped_attention",
             "block_recomputation",
             "new_experts",
             "label_logits",
