@@ -102,6 +102,8 @@ class ExpertBank(Float32Module):
         return lora_B.flatten(1) if active is None else lora_B[:, list(active)].flatten(1)
 
     def _cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        if torch.compiler.is_compiling():  # a graph cannot look at versions
+            return build()
         return self._cache.setdefault(name, Remembered()).get([self.lora_B], build)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

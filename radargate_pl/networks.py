@@ -12,6 +12,7 @@ from radargate_pl.adapters import load_adapters
 from radargate_pl.backbones import load_backbone
 from radargate_pl.block_recomputation import recompute_blocks
 from radargate_pl.decoder_start import decoder_inputs, first_ids, start_ids
+from radargate_pl.execution import AppliedExecution, Execution
 from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
 from radargate_pl.gates import Context, RadarGate
 from radargate_pl.greedy import with_plain_greedy
@@ -51,6 +52,8 @@ class GatedNetwork(nn.Module):
         dropout: dropout before the experts while they train, one mask per layer.
         train: what trains: "gate", "experts" or "both".
         gradient_checkpointing: recompute activations in the backward pass (non-reentrant) to save memory.
+        execution: how all this is computed (compiled layers, attention, form of the mixture), to the same results;
+            everything "auto" where not given. It belongs to the run, not to the gate: nothing saved holds it.
 
     Attributes:
         experts: names of all experts; the position is the expert's id.
@@ -58,6 +61,7 @@ class GatedNetwork(nn.Module):
         start_ids: token ids that every answer of an encoder-decoder backbone begins behind; none for a causal one.
         layers: path inside the backbone to its mixture layer.
         fingerprints: {"backbone": ..., "experts": {name: ...}} of the files, before any cast.
+        applied_execution: what became of ``execution``.
 
     Raises:
         ValueError: for arguments that do not fit together, and for everything wrong with backbone and experts.
@@ -79,6 +83,7 @@ class GatedNetwork(nn.Module):
         dropout: float = 0.0,
         train: Literal["gate", "experts", "both"] = "gate",
         gradient_checkpointing: bool = False,
+        execution: Execution | None = None,
     ) -> None:
         super().__init__()
         new_experts = check_arguments(experts, new_experts, train, dropout)
@@ -116,6 +121,7 @@ class GatedNetwork(nn.Module):
         if train == "experts":  # otherwise each gate's own: some keep parameters that never train
             for layer in layers.values():
                 layer.gate.requires_grad_(False)
+        self.applied_execution = AppliedExecution(execution or Execution(), self.backbone, layers, train)
         self._checkpointed: list[nn.Module] = []
         self.train(self.training)
         if gradient_checkpointing:
