@@ -79,8 +79,9 @@ class ExpertBank(Float32Module):
 
     def _store(self, lora_A: list[Tensor], lora_B: list[Tensor]) -> None:
         stacked_A = torch.stack([self._pad(weight, 0) for weight in (lora_A[:1] if self.shares_A else lora_A)])
-        # Stored (out, E, r) behind an (E, out, r) shape: the stacked matrix of every GEMM below is then a view.
-        stacked_B = torch.stack([self._pad(weight, 1) for weight in lora_B], dim=1).transpose(0, 1)
+        # Stored (E, r, out) behind an (E, out, r) shape: the stacked matrix of every GEMM below is then a view, and each
+        # row of its transpose, which `fast_mixture` gathers, is contiguous.
+        stacked_B = torch.stack([self._pad(weight, 1).mT for weight in lora_B]).mT
         self.lora_A = nn.Parameter(stacked_A, requires_grad=False)
         self.lora_B = nn.Parameter(stacked_B, requires_grad=False)
 
@@ -101,10 +102,11 @@ class ExpertBank(Float32Module):
         lora_B = self.lora_B.transpose(0, 1)
         return lora_B.flatten(1) if active is None else lora_B[:, list(active)].flatten(1)
 
-    def _cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+    def cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        """Return what ``build`` makes of the frozen weights, remembered under a name until they change."""
         if torch.compiler.is_compiling():  # a graph cannot look at versions
             return build()
-        return self._cache.setdefault(name, Remembered()).get([self.lora_B], build)
+        return self._cache.setdefault(name, Remembered()).get([self.lora_A, self.lora_B], build)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._cache.clear()
@@ -252,7 +254,7 @@ class ExpertBank(Float32Module):
 
     def _squared_norms(self, latents: Tensor) -> Tensor:
         wide = latents.to(gate_dtype(latents.dtype))
-        blocks = self._cached("gram_blocks", self._gram_blocks)  # (E, r, r)
+        blocks = self.cached("gram_blocks", self._gram_blocks)  # (E, r, r)
         return (torch.einsum("...er,ers->...es", wide, blocks.to(wide.dtype)) * wide).sum(-1)
 
     def _gram_blocks(self) -> Tensor:
@@ -267,7 +269,7 @@ class ExpertBank(Float32Module):
         if not self.in_blocks or active is not None:
             stacked = self._stacked_B(active)
             return F.linear(packed, stacked.to(packed.dtype)).to(gate_dtype(packed.dtype))
-        blocks = self._cached("blocks", self._B_in_blocks).to(packed.dtype)
+        blocks = self.cached("blocks", self._B_in_blocks).to(packed.dtype)
         width = blocks.shape[-1]
         *full, last = packed.split(width, -1)
         parts = [*full, F.pad(last, (0, width - last.shape[-1]))]

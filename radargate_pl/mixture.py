@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from radargate_pl.combines import Combine
 from radargate_pl.experts import ExpertBank
+from radargate_pl.fast_mixture import Mixture, fast_mix, is_fast
 from radargate_pl.gates import Routing
 from radargate_pl.ops import dense_weights
 from radargate_pl.rotations import Rotation
@@ -34,11 +35,12 @@ def mix(
     combine: Combine,
     rotation: Rotation,
     x: Tensor,
-    *,
     active: tuple[int, ...] | None = None,
+    mixture: Mixture = "auto",
 ) -> Tensor:
     """Mix the experts' outputs, ``sum_i g_i R_i v_i``: with `rotated_output` the only code that lifts to ``out``.
 
+    The common cases of training are `fast_mixture`'s; what follows is for all others, and what it is tested against.
     Without a rotation of outputs this is one GEMM and no ``v_i`` exists. With one, the kept experts are lifted and
     rotated one after the other; each is recomputed in the backward pass instead of being kept, so that a module saves
     the latents, ``S`` and its routing only.
@@ -51,12 +53,15 @@ def mix(
         rotation: what happens to each kept expert.
         x: layer input, (..., in).
         active: local indices the latents belong to; ``None`` means all.
+        mixture: "auto" leaves the common cases to `fast_mixture`, "plain" none.
 
     Returns:
         (..., out), float32.
 
     Source: arXiv 2505.23184, eq. 1, 4 and 8.
     """
+    if mixture == "auto" and is_fast(routing, bank, combine, rotation, active):
+        return fast_mix(latents, routing, bank, rotation, x)
     latents = rotation.latents(latents, x, routing.indices)
     latents = combine.latents(latents, routing, bank, active)
     if not combine.has_basis:

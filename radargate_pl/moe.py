@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from radargate_pl.combines import COMBINES, Combine
 from radargate_pl.experts import ExpertBank
+from radargate_pl.fast_mixture import Mixture, check_mixture, project_for_record, reads_input
 from radargate_pl.gates import Context, Gate, Routing, Site
 from radargate_pl.mixture import mix
 
@@ -29,6 +30,7 @@ class MoELinear(nn.Module):
         context: ids and masks of the batch, shared by the whole network.
         combine: what becomes of the kept outputs before they are summed.
         dropout: probability of zeroing an input of the experts while they train; one mask for all experts of the layer.
+        mixture: "auto" takes `fast_mixture` where it can, "plain" never.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class MoELinear(nn.Module):
         context: Context,
         combine: Combine = COMBINES["sum"],
         dropout: float = 0.0,
+        mixture: Mixture = "auto",
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -47,6 +50,7 @@ class MoELinear(nn.Module):
         self.context = context
         self.combine = combine
         self.dropout = dropout
+        self.mixture = mixture
         self.recorder: Callable[[MoELinear, Tensor, Tensor, Routing], None] | None = None
 
     @property
@@ -81,12 +85,16 @@ class MoELinear(nn.Module):
         active = self.gate.active(self.bank, self.context)
         if active == ():
             return y
-        latents = self.bank.project(F.dropout(x, self.dropout, self.training and self.bank.trainable), active)
+        no_latents = self.mixture == "auto" and reads_input(x, self.gate, self.bank, self.combine, active)
+        if no_latents:
+            latents = x.new_empty((*x.shape[:-1], self.bank.num_experts, 0))
+        else:
+            latents = self.bank.project(F.dropout(x, self.dropout, self.training and self.bank.trainable), active)
         with _without_autocast(x):
             routing = self.gate(x, latents, self.bank, self.context)
-            mixed = mix(latents, routing, self.bank, self.combine, self.gate.rotation, x, active=active)
+            mixed = mix(latents, routing, self.bank, self.combine, self.gate.rotation, x, active, self.mixture)
             if self.recorder is not None:
-                self.recorder(self, x, latents, routing)
+                self.recorder(self, x, project_for_record(x, self.bank) if no_latents else latents, routing)
         return y + mixed.to(y.dtype)
 
 
@@ -98,6 +106,7 @@ def attach(
     context: Context,
     combine: str = "sum",
     dropout: float = 0.0,
+    mixture: Mixture = "auto",
     streams: Mapping[str, str] | None = None,
 ) -> dict[str, MoELinear]:
     """Put experts and gates beside the linear layers of a model, in place.
@@ -109,17 +118,19 @@ def attach(
         context: shared by all layers.
         combine: "sum", "gram_schmidt", "gram_schmidt_unit" or "separate"; see `radargate_pl.combines`.
         dropout: see `MoELinear`.
+        mixture: see `MoELinear`.
         streams: layer path to the stream its input comes from; "decoder" where not given.
 
     Returns:
         Layer path to its new `MoELinear`.
 
     Raises:
-        ValueError: for an unknown ``combine``, one that does not go with the gate or the experts, or a path that is no
+        ValueError: for an unknown ``combine`` or ``mixture``, a combination that does not go with the gate or the experts, or a path that is no
             linear layer of the banks' widths.
     """
     if combine not in COMBINES:
         raise ValueError(f"Expected combine to be one of {sorted(COMBINES)}, but got {combine!r}.")
+    check_mixture(mixture)
     layers = {}
     for path, bank in banks.items():
         base_layer = _linear_at(model, path, bank)
@@ -130,7 +141,8 @@ def attach(
         bank.in_blocks = layer_gate.takes_new_experts
         COMBINES[combine].check(layer_gate, bank)
         layer_gate.rotation.bind(bank)
-        layer = MoELinear(base_layer, bank, layer_gate, context, COMBINES[combine].suited(layer_gate), dropout)
+        suited = COMBINES[combine].suited(layer_gate)
+        layer = MoELinear(base_layer, bank, layer_gate, context, suited, dropout, mixture)
         layers[path] = layer.to(base_layer.weight.device)
     for path, layer in layers.items():
         model.set_submodule(path, layer)

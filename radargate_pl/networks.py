@@ -112,8 +112,16 @@ class GatedNetwork(nn.Module):
         self.expert_of_task = experts_of_tasks(tasks or {}, self.experts, per=new_experts.per if new_experts else None)
         self.context = Context()
         streams = {path: input_stream(path) for path in banks} if self.is_encoder_decoder else {}
+        execution = execution or Execution()
         self.layers = layers = attach(
-            self.backbone, banks, gate, context=self.context, combine=combine, dropout=dropout, streams=streams
+            self.backbone,
+            banks,
+            gate,
+            context=self.context,
+            combine=combine,
+            dropout=dropout,
+            streams=streams,
+            mixture=execution.mixture,
         )
         check_experts_of_tasks(self)
         if share_A:
@@ -121,7 +129,7 @@ class GatedNetwork(nn.Module):
         if train == "experts":  # otherwise each gate's own: some keep parameters that never train
             for layer in layers.values():
                 layer.gate.requires_grad_(False)
-        self.applied_execution = AppliedExecution(execution or Execution(), self.backbone, layers, train)
+        self.applied_execution = AppliedExecution(execution, self.backbone, layers, train)
         self._checkpointed: list[nn.Module] = []
         self.train(self.training)
         if gradient_checkpointing:

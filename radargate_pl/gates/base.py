@@ -66,11 +66,14 @@ class Gate(Float32Module):
         rotation: what is done to the kept experts' outputs before they are summed.
         is_ragged: whether tokens may keep different numbers of experts.
         takes_new_experts: whether an expert can join a fitted gate without training.
+        reads_latents: whether `forward` looks at the latents; where it does not, a layer with many experts may pass
+            latents of width 0. Such a gate keeps ``top_k`` experts of every token.
         negates_one_factor: whether ``combine: separate`` puts the sign of a negative weight on B alone.
     """
 
     is_ragged = False
     takes_new_experts: bool = False
+    reads_latents = True
     negates_one_factor = False
 
     def __init__(self, site: Site) -> None:

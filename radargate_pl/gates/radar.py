@@ -6,7 +6,7 @@ from radargate_pl.experts import ExpertBank
 from radargate_pl.gates.base import Context, Gate, Routing, Site
 from radargate_pl.gates.scorers import ScorerName
 from radargate_pl.gates.stretch import LearnedOrFixed, Renormalize, StretchGate, check_top_k
-from radargate_pl.ops import gate_dtype
+from radargate_pl.ops import gate_dtype, largest
 from radargate_pl.rotations import AngleNorm, RadarRotation, RotationRank, RotationSharing
 
 
@@ -107,5 +107,5 @@ class RotationGate(Gate):
         weights = norms.new_full((*latents.shape[:-2], kept), 1 / kept, dtype=gate_dtype(latents.dtype))
         if kept == bank.num_experts:
             return Routing(weights, None, None)
-        indices = norms.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
+        indices = largest(norms, kept)
         return Routing(weights, indices, None)

@@ -27,6 +27,7 @@ class InputScorer(Float32Module):
     """
 
     config_name = "x"
+    reads_latents = False
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -48,6 +49,7 @@ class ExpertsScorer(Float32Module):
     """
 
     config_name = "experts"
+    reads_latents = True
 
     def __init__(self, site: Site) -> None:
         super().__init__()

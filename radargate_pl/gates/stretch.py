@@ -60,6 +60,7 @@ class StretchGate(Gate):
         self.log_temperature = learned_scalar("temperature", temperature, start=0.0)
         self.output_scale_weight = learned_scalar("output_scale", output_scale, start=1.0)
         self.scorer = build_scorer(scorer, site)
+        self.reads_latents = self.scorer.reads_latents
 
     def bind(self, bank: ExpertBank) -> None:
         """Refuse a ``top_k`` above the number of experts in the library."""
@@ -68,7 +69,8 @@ class StretchGate(Gate):
     def forward(self, x: Tensor, latents: Tensor, bank: ExpertBank, context: Context) -> Routing:
         """Score, select and weigh the experts; see `Gate.forward`."""
         temperature = float(self.temperature) if self.log_temperature is None else self.log_temperature.exp()
-        logits = self.scorer(x, latents, bank) / temperature
+        logits = self.scorer(x, latents, bank)
+        logits = logits if self.temperature == 1 else logits / temperature
         renormalize = self.top_k > 1 if self.renormalize == "auto" else self.renormalize == "always"
         weights, indices = select_top_k(logits, self.top_k, renormalize=renormalize)
         if self.output_scale != 1:

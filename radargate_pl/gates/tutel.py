@@ -76,6 +76,8 @@ class TutelGate(Gate):
     Source: Tutel, arXiv 2206.03382, and microsoft/tutel, gates/top.py, gates/cosine_top.py, impls/fast_dispatch.py.
     """
 
+    reads_latents = False
+
     def __init__(
         self,
         site: Site,

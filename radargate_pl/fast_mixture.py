@@ -1,0 +1,208 @@
+"""The mixture of frozen experts under a gate that trains, as one autograd function with its backward by hand (layer 2).
+
+`mixture.mix` states the same in plain operations and stays the reference; tests hold the two together. Here a module
+keeps its latents, weights and indices for the backward pass and nothing as wide as ``out``: ``S`` and the kept ``v_i``
+are made again there. A kept ``v_i`` is gathered row by row from the stacked B, which costs ``r`` rows a token whatever
+the number of experts. Two forms:
+
+* from latents: ``S = h B``, five products with ``n r`` numbers a token in a training step;
+* from the input, for many experts: ``S = x W_sum`` with ``W_sum = sum_i s_i A_i^T B_i^T``, and only the kept experts'
+  latents exist. Chosen by `reads_input`.
+
+Both round ``S`` and ``v_i`` separately: against plain operations results differ by 1e-6 relative in float32, and where
+all other outputs vanish, ``S - v_i`` is 1e-7 of ``v_i`` instead of zero. With one expert the plain form stays.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from radargate_pl.combines import Combine
+from radargate_pl.expert_sources import InputSource, LatentSource, Rows
+from radargate_pl.experts import ExpertBank
+from radargate_pl.fast_rotation import Gradients, Turn
+from radargate_pl.gates import Gate, Routing
+from radargate_pl.ops import dense_weights, gate_dtype
+from radargate_pl.rotations import NoRotation, RadarRotation, Rotation
+
+Mixture = Literal["auto", "plain"]
+GATHERED = 6  # what a multiplication of a gathered row costs, in multiplications of a GEMM (one AVX2 core, float32)
+NARROW = 0.25  # what one costs in a GEMM of 16-bit numbers, in those of float32
+
+
+def check_mixture(mixture: str) -> None:
+    """Refuse an unknown form of the mixture.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if mixture not in get_args(Mixture):
+        raise ValueError(
+            f"Expected mixture to be 'auto' or 'plain', but got {mixture!r}; 'auto' takes the fast form where it can."
+        )
+
+
+def is_fast(
+    routing: Routing, bank: ExpertBank, combine: Combine, rotation: Rotation, active: tuple[int, ...] | None
+) -> bool:
+    """Tell whether `fast_mix` can make this mixture; anything else takes plain operations.
+
+    It can for two or more frozen experts, all of them evaluated, summed, and either top-k without a rotation or under
+    one low-rank RadarRotation for all experts without a bound. Never inside ``torch.compile``, which makes more of the
+    plain operations, nor for gates that experts can join, whose results must not change by a bit then.
+    """
+    if not routing.weights.numel() or not _suits(bank, combine, rotation, active):
+        return False
+    return rotation.acts_on_outputs or routing.indices is not None
+
+
+def reads_input(
+    x: Tensor, gate: Gate, bank: ExpertBank, combine: Combine, active: tuple[int, ...] | None
+) -> bool:
+    """Tell whether a layer does better without the latents of all experts, ``S = x W_sum``.
+
+    Counted in multiplications a token: latents cost ``n r (2 in + 3 out)`` in a training step, without a rotation ``2 n
+    r in``; the input costs ``3 in out``, without a rotation nothing, and the kept latents ``2 k r in``, gathered. At
+    rank 8 and top_k 2 that is from 48 experts on for 576 to 576 features, from 33 on for 576 to 192.
+    """
+    if gate.reads_latents or bank.shares_A or not _suits(bank, combine, gate.rotation, active):
+        return False
+    top_k: int = getattr(gate, "top_k", bank.num_experts)
+    if not x.numel() or top_k >= bank.num_experts:
+        return False
+    rotates, width = gate.rotation.acts_on_outputs, bank.in_features
+    narrow = NARROW if bank.lora_A.dtype.itemsize < gate_dtype(bank.lora_A.dtype).itemsize else 1
+    latents = bank.num_experts * bank.rank * (2 * narrow * width + 3 * rotates * bank.out_features)
+    return 3 * rotates * width * bank.out_features + GATHERED * 2 * top_k * bank.rank * width < latents
+
+
+def _suits(bank: ExpertBank, combine: Combine, rotation: Rotation, active: tuple[int, ...] | None) -> bool:
+    if torch.compiler.is_compiling() or active is not None or bank.trainable or bank.in_blocks:
+        return False
+    if bank.num_experts == 1 or type(combine) is not Combine or bank.lora_A.requires_grad or bank.lora_B.requires_grad:
+        return False
+    if type(rotation) is not RadarRotation:
+        return type(rotation) in (Rotation, NoRotation)
+    is_shared = rotation.rotation_sharing == "shared" and rotation.rotation_rank != "full"
+    return is_shared and rotation.angle_bound is None
+
+
+def fast_mix(latents: Tensor, routing: Routing, bank: ExpertBank, rotation: Rotation, x: Tensor) -> Tensor:
+    """Mix the experts' outputs; see `mixture.mix`, which this equals, and `is_fast`.
+
+    Args:
+        latents: latents of all experts, (..., E, r); of width 0 where `reads_input` said so.
+        routing: the gate's decision.
+        bank: the layer's experts.
+        rotation: what happens to each kept expert.
+        x: layer input, (..., in).
+
+    Returns:
+        (..., out), float32.
+    """
+    weights, indices, _ = routing
+    source = latents.flatten(0, -3) if latents.shape[-1] else x.flatten(0, -2)
+    factors = (rotation.P, rotation.Q) if isinstance(rotation, RadarRotation) else (None, None)
+    is_normed = isinstance(rotation, RadarRotation) and rotation.angle_norm == "rms"
+    indices = None if indices is None else indices.flatten(0, -2)
+    mixed: Tensor = _Mixed.apply(source, weights.flatten(0, -2), indices, *factors, is_normed, bank)
+    return mixed.unflatten(0, weights.shape[:-1])
+
+
+def project_for_record(x: Tensor, bank: ExpertBank) -> Tensor:
+    """Latents (..., E, r) for a recorder, where the mixture made none.
+
+    They have a gradient, but nothing is saved for it: activation checkpointing recomputes without a recorder, and must
+    save the same tensors then.
+    """
+    latents: Tensor = _Projected.apply(x, bank)
+    return latents
+
+
+class _Projected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bank: ExpertBank) -> Tensor:
+        ctx.bank, ctx.dtype = bank, x.dtype
+        return bank.project(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (grad.flatten(-2) @ ctx.bank.lora_A.flatten(0, 1)).to(ctx.dtype), None
+
+
+class _Mixed(torch.autograd.Function):
+    """Inputs: source, weights (T, K), indices (T, K) or ``None``, P and Q or ``None``, whether angles are scale-free."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: Tensor,
+        weights: Tensor,
+        indices: Tensor | None,
+        P: Tensor | None,
+        Q: Tensor | None,
+        is_normed: bool,
+        bank: ExpertBank,
+    ) -> Tensor:
+        side = _side(source, weights, bank)
+        ctx.bank, ctx.is_normed = bank, is_normed
+        # The frozen weights only so that a change of them before the backward pass is noticed.
+        ctx.save_for_backward(source, weights, indices, P, Q, *side.frozen)
+        kept = side.kept(source, indices)
+        if P is None or Q is None:
+            return side.B.sums(kept * weights.unsqueeze(-1), indices)
+        total = side.total(source)
+        mixed = torch.zeros_like(total)
+        for slot, (rows, own) in enumerate(_slots(side.B, weights, indices)):
+            turn = Turn(rows.sums(kept[:, slot : slot + 1], own), total, P, Q, is_normed)
+            mixed.addcmul_(turn.rotated(), weights[:, slot : slot + 1])
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        source, weights, indices, P, Q, *_ = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            side = _side(source, weights, ctx.bank)
+            if torch.is_grad_enabled():
+                return *_differentiable(side, source, weights, indices, P, grad), *[None] * 5
+            kept = side.kept(source, indices)
+            if P is None:
+                dots = side.B.dots(grad, indices)
+                of_kept = dots * weights.unsqueeze(-1)
+                of_weights, of_total, of_P, of_Q = (dots * kept).sum(-1), None, None, None
+            else:
+                total = side.total(source)
+                sums = Gradients.zeros(total, weights, kept, P, Q)
+                for slot, (rows, own) in enumerate(_slots(side.B, weights, indices)):
+                    turn = Turn(rows.sums(kept[:, slot : slot + 1], own), total, P, Q, ctx.is_normed)
+                    of_v = turn.add_gradients(grad, weights[:, slot : slot + 1], slot, sums)
+                    sums.kept[:, slot] = rows.dots(of_v, own).squeeze(1)
+                sums.total.addcmul_(total, sums.share)
+                of_weights, of_total, of_kept, of_P, of_Q = sums.weights, sums.total, sums.kept, sums.P, sums.Q
+            of_source = side.gradient(source, indices, of_total, of_kept) if ctx.needs_input_grad[0] else None
+        return of_source, of_weights.to(weights.dtype), None, of_P, of_Q, None, None
+
+
+def _side(source: Tensor, weights: Tensor, bank: ExpertBank) -> LatentSource:
+    dtype = torch.promote_types(gate_dtype(bank.lora_B.dtype), weights.dtype)
+    return InputSource(bank, dtype) if source.dim() == 2 else LatentSource(bank, dtype)
+
+
+def _slots(B: Rows, weights: Tensor, indices: Tensor | None) -> Iterator[tuple[Rows, Tensor | None]]:
+    """The kept experts one after the other: where their rows are, and which of them each token takes, (T, 1)."""
+    for slot in range(weights.shape[1]):
+        yield (B.only(slot), None) if indices is None else (B, indices[:, slot : slot + 1])
+
+
+def _differentiable(
+    side: LatentSource, source: Tensor, weights: Tensor, indices: Tensor | None, P: Tensor | None, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of source and weights that have gradients themselves; refused under a rotation, as in plain form."""
+    if P is not None:
+        raise RuntimeError("The rotation of RadarGate and RotationGate cannot be differentiated twice.")
+    mixed = side.plain(source, dense_weights(weights, indices, side.bank.num_experts))
+    asked = [tensor for tensor in (source, weights) if tensor.requires_grad]
+    found = iter(torch.autograd.grad(mixed, asked, grad, create_graph=True))
+    return tuple(next(found) if tensor.requires_grad else None for tensor in (source, weights))

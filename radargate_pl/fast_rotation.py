@@ -1,0 +1,99 @@
+"""The rotation of one kept output inside the fast mixture, made twice and kept never (layer 1)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from radargate_pl.ops import RMS_EPS
+
+
+class Gradients(NamedTuple):
+    """Gradients that add up over the kept experts; ``share`` is the part of `total` that is a multiple of S, (T, 1)."""
+
+    total: Tensor
+    share: Tensor
+    weights: Tensor
+    kept: Tensor
+    P: Tensor
+    Q: Tensor
+
+    @classmethod
+    def zeros(cls, total: Tensor, weights: Tensor, kept: Tensor, P: Tensor, Q: Tensor) -> "Gradients":
+        zeros = [torch.zeros_like(tensor) for tensor in (total, weights[:, :1], weights, kept, P, Q)]
+        return cls(*zeros)
+
+
+class Turn:
+    """The rotation of one kept output of every token, ``a = c ((v * w) P) Q`` with ``w = S - v``.
+
+    ``c = 1 / (rms(v) rms(w))``, or 1 without norm, is applied behind P, where a row has ``rank`` numbers. The same
+    mathematics as `rotations.RadarRotation`; gradient: arXiv 2505.23184, eq. 38-39.
+    """
+
+    def __init__(self, v: Tensor, total: Tensor, P: Tensor, Q: Tensor, is_normed: bool) -> None:
+        self.v, self.P, self.Q = v, P, Q
+        self.others = total - v
+        self.product = v * self.others
+        self.raw = _skinny(self.product, P)
+        self.inverse = (_inverse_rms(v), _inverse_rms(self.others)) if is_normed else None
+        self.z = self.raw if self.inverse is None else self.raw * (self.inverse[0] * self.inverse[1])
+        self.planes = Q.shape[1]
+
+    def rotated(self) -> Tensor:
+        """``v`` turned by its angles."""
+        angles = self.z @ self.Q
+        return _turned(self.v, torch.complex(angles.cos(), angles.sin()))
+
+    def add_gradients(self, grad: Tensor, weight: Tensor, slot: int, sums: Gradients) -> Tensor:
+        """Return the gradient of ``v`` for that of the mixture, and add the other ones up; uses itself up.
+
+        With the angles' pull on ``v * w``, ``D = grad_raw P^T``, and the norms' on v and w, ``alpha v`` and ``beta w``:
+        ``dS = D v + beta w`` and ``dv = g R^T G + D w + alpha v - dS``. Written with ``F = D - beta`` both need fewer
+        passes over tensors of (T, out): ``dS = F v + beta S``, ``dv = g R^T G + F (w - v) + (alpha - beta) v``.
+        """
+        v, others = self.v, self.others
+        angles = -self.z @ self.Q
+        back = _turned(grad, torch.complex(angles.cos(), angles.sin()))  # R^T G
+        # Plane by plane: dL/da = v[2m] back[2m+1] - v[2m+1] back[2m].
+        products = _planes(v, self.planes).conj() * _planes(back, self.planes)
+        of_angles = products.imag.contiguous()
+        unpaired = (v[:, 2 * self.planes :] * back[:, 2 * self.planes :]).sum(-1)
+        sums.weights[:, slot] = products.real.sum(-1) + unpaired  # <v, back>
+        of_z = _skinny(of_angles, self.Q.mT) * weight
+        sums.Q.addmm_((self.z * weight).mT, of_angles)
+        if self.inverse is None:
+            of_raw, alpha_beta = of_z, None
+            F_ = of_raw @ self.P.mT
+        else:
+            inverse_v, inverse_others = self.inverse
+            of_raw = of_z * (inverse_v * inverse_others)
+            # d rms(v)^-1 / d v = -rms(v)^-3 v / out, for v and for the others alike.
+            pull = (of_z * self.raw).sum(-1, keepdim=True) / -v.shape[-1]
+            alpha, beta = pull * inverse_others * inverse_v**3, pull * inverse_v * inverse_others**3
+            F_, alpha_beta = torch.addmm(-beta, of_raw, self.P.mT), alpha - beta
+            sums.share.add_(beta)
+        sums.P.add_((of_raw.mT @ self.product).mT)
+        sums.total.addcmul_(F_, v)
+        of_v = back.mul_(weight).addcmul_(F_, others.sub_(v))
+        return of_v if alpha_beta is None else of_v.addcmul_(v, alpha_beta)
+
+
+def _inverse_rms(v: Tensor) -> Tensor:
+    return torch.rsqrt(torch.linalg.vector_norm(v, dim=-1, keepdim=True).square() / v.shape[-1] + RMS_EPS)
+
+
+def _skinny(wide: Tensor, narrow: Tensor) -> Tensor:
+    """``wide @ narrow`` with few columns; written from the other side it takes a third of the time."""
+    return (narrow.mT @ wide.mT).mT
+
+
+def _planes(v: Tensor, planes: int) -> Tensor:
+    """Neighbouring pairs as complex numbers, (T, planes): a view, but for an odd width."""
+    return torch.view_as_complex(v[:, : 2 * planes].contiguous().unflatten(-1, (planes, 2)))
+
+
+def _turned(v: Tensor, turn: Tensor) -> Tensor:
+    """``v`` turned by unit complex numbers, one per plane; the last coordinate of an odd width stays."""
+    turned = torch.view_as_real(_planes(v, turn.shape[-1]) * turn).flatten(-2)
+    return turned if turned.shape == v.shape else torch.cat((turned, v[:, turned.shape[-1] :]), dim=-1)
