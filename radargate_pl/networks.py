@@ -219,6 +219,11 @@ class GatedNetwork(nn.Module):
         self.train(self.training)
 
     @property
+    def recomputes_blocks(self) -> bool:
+        """Whether the backbone's blocks are recomputed in the backward pass."""
+        return bool(self._checkpointed)
+
+    @property
     def shares_A(self) -> bool:
         """Whether all experts have one A per layer (HydraLoRA)."""
         return bool(self.layers) and all(layer.bank.shares_A for layer in self.layers.values())

@@ -29,6 +29,7 @@ LAYERS = {
             "execution",
             "compiled_layers",
             "grouped_attention",
+            "memory_estimate",
             "block_recomputation",
             "new_experts",
             "label_logits",
