@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -101,8 +101,8 @@ class CompiledLayers:
         self.graphs += 1
         # The backward pass now, not at its first run: there a failure could no longer be caught.
         with config.patch(force_non_lazy_backward_lowering=True):
-            made: Callable[..., Any] = compile_fx(graph, inputs)
-        return made
+            made: Any = compile_fx(graph, inputs)
+        return cast("Callable[..., Any]", made)
 
     def _give_up(self, error: Exception) -> None:
         self.failure = cause_of(error)

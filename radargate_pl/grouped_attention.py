@@ -40,9 +40,9 @@ def grouped_attention(
     Returns:
         (examples, length, heads, value width), and no attention weights.
     """
-    is_known = attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1] == 1
-    extras = any(others.get(name) is not None for name in ("position_bias", "softcap", "cache", "s_aux"))
-    if not (is_known and _is_wanted(query.device)) or dropout or extras:
+    is_known = not any(others.get(name) is not None for name in ("position_bias", "softcap", "cache", "s_aux"))
+    is_added = attention_mask is not None and attention_mask.is_floating_point()
+    if attention_mask is None or not (is_added and is_known and _is_wanted(query.device)) or dropout:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     examples, heads, length, width = query.shape
     key_heads, keys = key.shape[1:3]

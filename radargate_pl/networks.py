@@ -107,8 +107,6 @@ class GatedNetwork(nn.Module):
         else:
             self.experts = new_experts.names(tasks or {})
             banks = new_banks(new_experts, self.experts, self.backbone)
-        for adapter in self.adapters:  # the banks hold copies; a library should lie in memory once
-            adapter.lora_A, adapter.lora_B = {}, {}
         self.expert_of_task = experts_of_tasks(tasks or {}, self.experts, per=new_experts.per if new_experts else None)
         self.context = Context()
         streams = {path: input_stream(path) for path in banks} if self.is_encoder_decoder else {}
