@@ -1,6 +1,7 @@
 """The decoder layers of a training backbone, compiled: few graphs for all of them, eager code elsewhere (layer 3)."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import FunctionType
@@ -35,6 +36,8 @@ class CompiledLayers:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        # Of the tracer itself, which looks at every attribute of what it traces.
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         self.graphs = 0
         self.seconds = 0.0
         self.failure: str | None = None
@@ -99,8 +102,10 @@ class CompiledLayers:
         from torch._inductor.compile_fx import compile_fx
 
         self.graphs += 1
-        # The backward pass now, not at its first run: there a failure could no longer be caught.
-        with config.patch(force_non_lazy_backward_lowering=True):
+        # The backward pass now, not at its first run: there a failure could no longer be caught. torch before 2.8 has
+        # no such setting and does so by itself where sizes are symbols.
+        name = "force_non_lazy_backward_lowering"
+        with config.patch({name: True} if hasattr(config, name) else {}):
             made: Any = compile_fx(graph, inputs)
         return cast("Callable[..., Any]", made)
 
