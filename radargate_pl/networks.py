@@ -14,6 +14,7 @@ from radargate_pl.block_recomputation import recompute_blocks
 from radargate_pl.decoder_start import decoder_inputs, first_ids, start_ids
 from radargate_pl.execution import AppliedExecution, Execution
 from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
+from radargate_pl.experts import ExpertBank
 from radargate_pl.gates import Context, RadarGate
 from radargate_pl.greedy import with_plain_greedy
 from radargate_pl.label_logits import LabelledLogits, only_positions
@@ -100,17 +101,10 @@ class GatedNetwork(nn.Module):
             "backbone": loaded.fingerprint,
             "experts": {adapter.name: adapter.fingerprint for adapter in self.adapters},
         }
-        if new_experts is None:
-            self.experts = tuple(adapter.name for adapter in self.adapters)
-            expert_dtype = self.backbone.dtype if train == "gate" else torch.float32
-            banks = loaded_banks(self.adapters, expert_dtype, trainable=train != "gate")
-        else:
-            self.experts = new_experts.names(tasks or {})
-            banks = new_banks(new_experts, self.experts, self.backbone)
+        self.experts, banks = self._banks(tasks or {})
         self.expert_of_task = experts_of_tasks(tasks or {}, self.experts, per=new_experts.per if new_experts else None)
-        self.context = Context()
+        self.context, execution = Context(), execution or Execution()
         streams = {path: input_stream(path) for path in banks} if self.is_encoder_decoder else {}
-        execution = execution or Execution()
         self.layers = layers = attach(
             self.backbone,
             banks,
@@ -132,6 +126,14 @@ class GatedNetwork(nn.Module):
         self.train(self.training)
         if gradient_checkpointing:
             self.gradient_checkpointing_enable()
+
+    def _banks(self, tasks: Mapping[str, str | None]) -> tuple[tuple[str, ...], dict[str, ExpertBank]]:
+        if self.new_experts is not None:
+            names = self.new_experts.names(tasks)
+            return names, new_banks(self.new_experts, names, self.backbone)
+        names = tuple(adapter.name for adapter in self.adapters)
+        dtype = self.backbone.dtype if self.train_part == "gate" else torch.float32
+        return names, loaded_banks(self.adapters, dtype, trainable=self.train_part != "gate")
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, expert: Tensor | None = None
