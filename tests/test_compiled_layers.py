@@ -32,6 +32,7 @@ NOISE = 2e-3  # of a gradient: these models magnify rounding; eager attention an
 ROOT = Path(__file__).parent.parent
 pytestmark = [
     pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # the compiler's own use of torch
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 
