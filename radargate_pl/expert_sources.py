@@ -52,7 +52,7 @@ class LatentSource:
         self.B = Rows(bank.lora_B.mT.flatten(0, 1).to(dtype), bank.rank)
         # Remembered, since a list becomes a tensor on a device only by waiting for it.
         self.scaling = bank.cached(f"scaling {dtype}", lambda: bank.lora_B.new_tensor(bank.scaling, dtype=dtype))
-        self.frozen = (bank.lora_B,)
+        self.frozen: tuple[Tensor, ...] = (bank.lora_B,)
 
     def kept(self, latents: Tensor, indices: Tensor | None) -> Tensor:
         """Scaled latents of the kept experts, (T, K, r)."""
@@ -67,9 +67,7 @@ class LatentSource:
             return self.kept(latents, None).flatten(1) @ self.B.matrix
         return (latents.flatten(1).to(self.dtype) @ self.B.matrix).mul_(self.bank.scaling[0])
 
-    def gradient(
-        self, latents: Tensor, indices: Tensor | None, of_total: Tensor | None, of_kept: Tensor
-    ) -> Tensor:
+    def gradient(self, latents: Tensor, indices: Tensor | None, of_total: Tensor | None, of_kept: Tensor) -> Tensor:
         """Gradient of the latents from those of ``S`` and of the kept scaled latents."""
         if of_total is None:
             gradient = latents.new_zeros(latents.shape, dtype=self.dtype)

@@ -79,8 +79,8 @@ class ExpertBank(Float32Module):
 
     def _store(self, lora_A: list[Tensor], lora_B: list[Tensor]) -> None:
         stacked_A = torch.stack([self._pad(weight, 0) for weight in (lora_A[:1] if self.shares_A else lora_A)])
-        # Stored (E, r, out) behind an (E, out, r) shape: the stacked matrix of every GEMM below is then a view, and each
-        # row of its transpose, which `fast_mixture` gathers, is contiguous.
+        # Stored (E, r, out) behind an (E, out, r) shape: the stacked matrix of every GEMM below is then a view, and the
+        # rows of its transpose, which the fast mixture gathers, are contiguous.
         stacked_B = torch.stack([self._pad(weight, 1).mT for weight in lora_B]).mT
         self.lora_A = nn.Parameter(stacked_A, requires_grad=False)
         self.lora_B = nn.Parameter(stacked_B, requires_grad=False)

@@ -20,6 +20,7 @@ class Gradients(NamedTuple):
 
     @classmethod
     def zeros(cls, total: Tensor, weights: Tensor, kept: Tensor, P: Tensor, Q: Tensor) -> "Gradients":
+        """Start the sums at zero, shaped like what they are the gradients of."""
         zeros = [torch.zeros_like(tensor) for tensor in (total, weights[:, :1], weights, kept, P, Q)]
         return cls(*zeros)
 

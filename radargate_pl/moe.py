@@ -125,8 +125,8 @@ def attach(
         Layer path to its new `MoELinear`.
 
     Raises:
-        ValueError: for an unknown ``combine`` or ``mixture``, a combination that does not go with the gate or the experts, or a path that is no
-            linear layer of the banks' widths.
+        ValueError: for an unknown ``combine`` or ``mixture``, a combination that does not go with the gate or the
+            experts, or a path that is no linear layer of the banks' widths.
     """
     if combine not in COMBINES:
         raise ValueError(f"Expected combine to be one of {sorted(COMBINES)}, but got {combine!r}.")

@@ -6,12 +6,14 @@ radians. Shapes in comments: B batch, S sequence, E experts, K kept experts, r r
 token dimensions.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 RMS_EPS = 1e-8
-MOST_PASSES = 8  # largest top_k found one maximum after the other, which sorting beats only for more
+MOST_PASSES = 8  # largest top_k found one maximum after the other: as far as it was measured to pay
 
 
 def gate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,8 +94,24 @@ def select_top_k(logits: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tens
         return logits.softmax(-1), None
     indices = largest(logits.detach(), top_k)
     if renormalize:
-        return logits.gather(-1, indices).softmax(-1), indices
+        is_compiled = torch.compiler.is_compiling()  # which keeps what it needs, and needs plain operations
+        kept = logits.gather(-1, indices) if is_compiled else _Gathered.apply(logits, indices)
+        return kept.softmax(-1), indices
     return logits.softmax(-1).gather(-1, indices), indices
+
+
+class _Gathered(torch.autograd.Function):
+    """``logits.gather(-1, indices)`` for distinct indices of a row, without keeping the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.shape = logits.shape
+        return logits.gather(-1, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(ctx.shape).scatter(-1, ctx.saved_tensors[0], grad), None
 
 
 def largest(values: Tensor, count: int) -> Tensor:

@@ -46,6 +46,14 @@ def closed_sockets() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def wanted_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RADARGATE_TEST_MIXTURE=plain runs every test on the plain operations that `fast_mixture` is tested against."""
+    if os.environ.get("RADARGATE_TEST_MIXTURE") == "plain":
+        monkeypatch.setattr("radargate_pl.mixture.is_fast", lambda *_: False)
+        monkeypatch.setattr("radargate_pl.moe.reads_input", lambda *_: False)
+
+
+@pytest.fixture(autouse=True)
 def clean_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undoes what Lightning sets for a whole process: seeds in the environment, deterministic algorithms."""
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG", "RADARGATE_TRACEBACK"):

@@ -15,17 +15,8 @@ LAYERS = {
     0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space", "scoring"},
     1: {
         "benchmarks",
-        *(
-            "arguments",
-            "experts",
-            "fast_rotation",
-            "expert_shapes",
-            "initialization",
-            "precision",
-            "site",
-            "trainable_experts",
-        ),
-        *("gates", "prototypes", "rank_rotation", "rotation_function", "rotations"),
+        *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
+        *("gates", "prototypes", "fast_rotation", "rank_rotation", "rotation_function", "rotations"),
     },
     2: {"combines", "expert_sources", "fast_mixture", "kept_grams", "mixture", "moe", "prompt_gates", "records"},
     3: {

@@ -11,6 +11,7 @@ from reference import choose, rotate_rows, softmax_top_k
 from radargate_pl.ops import (
     dense_weights,
     gate_dtype,
+    largest,
     one_hot_like,
     pack_latents,
     rms_normalize,
@@ -123,6 +124,23 @@ def test_ties_go_to_the_lowest_index(experts: int, renormalize: bool) -> None:
     partly = torch.tensor([[0.0, 1.0, 1.0, -1.0, 1.0]])
     assert select_top_k(partly, 2, renormalize=True)[1].tolist() == [[1, 2]]
     assert choose(partly, 2) == [(1, 2)]
+
+
+@pytest.mark.parametrize("experts", [1, 3, 9, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_largest_are_those_of_a_stable_sort(experts: int, dtype: torch.dtype) -> None:
+    """With many ties, infinities of both signs and numbers that are none; more of them than maxima are looked for."""
+    generator = torch.Generator().manual_seed(experts)
+    values = torch.randint(-2, 3, (400, experts), generator=generator).to(dtype)
+    for special in (-torch.inf, torch.inf, torch.nan):
+        values[torch.rand(values.shape, generator=generator) < 0.15] = special
+    values[0] = -torch.inf
+    values[1] = torch.nan
+    before = values.clone()
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    for count in range(1, experts + 1):
+        assert torch.equal(largest(values, count), order[:, :count])
+    assert torch.equal(values.nan_to_num(7), before.nan_to_num(7))
 
 
 def test_select_top_k_survives_logits_a_softmax_would_lose() -> None:
