@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny_models import GATES, SEQ2SEQ, batch_of, experts_folder, left_padded, model_folder, network_of, write_expert
 
 from radargate_pl import class_specs, gate_folder
+from radargate_pl.execution import Execution
 from radargate_pl.gates import UniformGate
 from radargate_pl.networks import GatedNetwork
 
