@@ -23,8 +23,9 @@ class CompiledLayers:
     """Runs the decoder layers of a backbone through one compiled function while they train.
 
     The graph holds for every batch size and length, so nothing is compiled anew for a longer batch. Eager code runs
-    where nothing trains (validation, generation with its cache), while gates are recorded, for what would need more
-    than `MAX_GRAPHS` graphs, and for everything once compiling has failed: with a warning, and to the same results.
+    where nothing trains (validation, generation with its cache, the first layer, whose input needs no gradient), while
+    gates are recorded, for what would need more than `MAX_GRAPHS` graphs, and for everything once compiling has failed:
+    with a warning, and to the same results.
 
     Args:
         model: the backbone with its mixtures; see `decoder_layers` for which have such layers.
@@ -57,7 +58,10 @@ class CompiledLayers:
     ) -> Any:
         is_recorded = any(mixture.recorder is not None for mixture in mixtures)
         has_cache = options.get("past_key_values") is not None
-        if self.failure is not None or is_recorded or has_cache or not torch.is_grad_enabled():
+        hidden = args[0] if args else options.get("hidden_states")
+        # The first layer's input needs no gradient: alone, it would be a graph of its own, half of all compiling.
+        trains = torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad
+        if self.failure is not None or is_recorded or has_cache or not trains:
             return type(layer).forward(layer, *args, **options)
         used: list[Callable[..., Any]] = []
         run = partial(self._run, used, layer, plain, **options)
