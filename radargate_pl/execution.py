@@ -55,8 +55,8 @@ class AppliedExecution:
 
     Attention is decided here. The grouped one is faster where the processor has bfloat16 units and the backbone is in
     bfloat16 (a training step takes 0.73 to 0.84 of the time), and neither faster nor slower in float32 without them
-    (0.97 to 1.01, inside the noise), where "auto" keeps the model's own. Nothing is timed at the start of a run: a run that is
-    resumed, or repeated, must take the same decision to give the same numbers.
+    (0.97 to 1.01, inside the noise), where "auto" keeps the model's own. Nothing is timed at the start of a run: one
+    that is resumed, or repeated, must take the same decision to give the same numbers.
 
     Args:
         execution: what was asked for.
