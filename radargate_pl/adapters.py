@@ -191,7 +191,8 @@ def _load(name: str, folder: Path, model: nn.Module, backbone_fingerprint: str |
     domain = _tried(partial(read_domain, backbone_fingerprint=backbone_fingerprint), folder, problems)
     if problems:
         raise ValueError("\n".join(problems))
-    shared_A = record is not None and record["shared_A"] == fingerprint_state(lora_A)
+    hash_of_A = None if record is None else record["shared_A"]
+    shared_A = hash_of_A is not None and hash_of_A == fingerprint_state(lora_A)  # reads every page
     scaling = {path: scaling_of(config, path) for path in lora_A}
     return Adapter(name, folder, fingerprint, scaling, lora_A, lora_B, shared_A, domain)
 

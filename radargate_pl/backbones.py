@@ -169,6 +169,13 @@ def supports_bfloat16() -> bool:
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return processor_supports_bfloat16()
+
+
+def processor_supports_bfloat16() -> bool:
+    """Whether the processor itself computes in bfloat16, whatever GPU there is beside it."""
+    import torch
+
     has_avx512, has_amx = torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported
     return bool(has_avx512() or has_amx())
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from radargate_pl.adapters import Adapter, target_linears
 from radargate_pl.experts import ExpertBank
@@ -15,7 +15,7 @@ def loaded_banks(adapters: list[Adapter], dtype: torch.dtype, *, trainable: bool
     """Gather loaded adapters by layer.
 
     Args:
-        adapters: the library, in order.
+        adapters: the library, in order; they give their tensors away.
         dtype: of the experts (the backbone's for frozen ones, float32 for trainable ones).
         trainable: whether they train on.
 
@@ -25,17 +25,39 @@ def loaded_banks(adapters: list[Adapter], dtype: torch.dtype, *, trainable: bool
     library = tuple(adapter.name for adapter in adapters)
     bank_class = TrainableExpertBank if trainable else ExpertBank
     domains = {adapter.name: adapter.domain for adapter in adapters if adapter.domain is not None}
+    scalings = {adapter.name: adapter.scaling for adapter in adapters}
+    weights = _taken_over(adapters, dtype)
     banks = {}
-    for path in dict.fromkeys(path for adapter in adapters for path in adapter.lora_A):
-        present = [adapter for adapter in adapters if path in adapter.lora_A]
-        # One cast per distinct tensor: experts that share their A (HydraLoRA) must go on sharing it.
-        cast = {id(t): t.to(dtype) for a in present for t in (a.lora_A[path], a.lora_B[path])}
-        lora_A = {adapter.name: cast[id(adapter.lora_A[path])] for adapter in present}
-        lora_B = {adapter.name: cast[id(adapter.lora_B[path])] for adapter in present}
-        scaling = {adapter.name: adapter.scaling[path] for adapter in present}
+    for path in list(weights):
+        lora_A, lora_B = weights.pop(path)  # the bank holds a copy
+        scaling = {name: scalings[name][path] for name in lora_A}
         banks[path] = bank_class(lora_A, lora_B, scaling, library=library)
         banks[path].domains = domains
     return banks
+
+
+def _taken_over(adapters: list[Adapter], dtype: torch.dtype) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Layer path to A and to B by expert, copied and cast out of the adapters' files, one file after the other.
+
+    Tensors of a file are pages of it until the last of them is let go: layer by layer, all files would stay in memory
+    beside all banks.
+    """
+    numbers: dict[str, dict[int, int]] = {}  # of each distinct tensor: experts that share their A go on sharing it
+    for adapter in adapters:
+        for path, tensor in (*adapter.lora_A.items(), *adapter.lora_B.items()):
+            numbers.setdefault(path, {})[id(tensor)] = tensor.numel()
+    buffers = {path: torch.empty(sum(sizes.values()), dtype=dtype) for path, sizes in numbers.items()}
+    free = {path: iter(buffers[path].split(list(sizes.values()))) for path, sizes in numbers.items()}
+    copies: dict[int, Tensor] = {}
+    taken: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {path: ({}, {}) for path in numbers}
+    for adapter in adapters:
+        for side, tensors in enumerate((adapter.lora_A, adapter.lora_B)):
+            for path, tensor in tensors.items():
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = next(free[path]).view(tensor.shape).copy_(tensor)
+                taken[path][side][adapter.name] = copies[id(tensor)]
+        adapter.lora_A, adapter.lora_B = {}, {}
+    return taken
 
 
 def new_banks(new_experts: NewExperts, names: tuple[str, ...], backbone: nn.Module) -> dict[str, ExpertBank]:

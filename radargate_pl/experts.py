@@ -104,6 +104,8 @@ class ExpertBank(Float32Module):
 
     def cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         """Return what ``build`` makes of the frozen weights, remembered under a name until they change."""
+        if torch.compiler.is_compiling():  # a graph cannot look at versions
+            return build()
         return self._cache.setdefault(name, Remembered()).get([self.lora_A, self.lora_B], build)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

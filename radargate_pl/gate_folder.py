@@ -19,6 +19,7 @@ from radargate_pl.adapters import resolve_adapters
 from radargate_pl.arguments import spec_of
 from radargate_pl.backbones import load_backbone
 from radargate_pl.class_specs import factory_of
+from radargate_pl.execution import Execution
 from radargate_pl.expert_library import save_experts
 from radargate_pl.fingerprints import check_fingerprint
 from radargate_pl.folders import replacing_folder
@@ -70,6 +71,7 @@ def load_gate(
     add_experts: dict[str, str] | None = None,
     dtype: Any = "auto",
     quantization: Any = None,
+    execution: Execution | None = None,
     trust_code: bool = False,
 ) -> "GatedNetwork":
     """Load a gate folder with its backbone and experts, all checked against the fingerprints it was fitted with.
@@ -82,6 +84,7 @@ def load_gate(
             Only gates that find an expert by a description of it take them (NexusGate, ArrowGate).
         dtype: of backbone and experts in memory.
         quantization: "none", "4bit" or "8bit"; None for that of the backbone the gate was fitted over.
+        execution: how the network computes; a gate folder holds nothing of it.
         trust_code: allow a gate class from outside this package.
 
     Returns:
@@ -101,7 +104,8 @@ def load_gate(
         found = with_new_experts(found, add_experts, gate)
     quantization = _quantization(folder, config.get("quantization", "none"), quantization)
     loading = {"dtype": dtype, "quantization": quantization}
-    built = {"gate": gate, "combine": config["combine"], "decoder_start": config.get("decoder_start", [])}
+    built: dict[str, Any] = {"gate": gate, "combine": config["combine"], "execution": execution}
+    built["decoder_start"] = config.get("decoder_start", [])
     try:
         network = GatedNetwork(backbone=source, experts=found, **built, **loading)
     except ValueError:

@@ -161,7 +161,8 @@ def _stretched(
 
 def recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
     """Call a function whose intermediate tensors are made again in the backward pass instead of being kept."""
-    if not torch.is_grad_enabled():
+    # A compiler decides by itself what it keeps and what it makes again.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(*args)
     result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return result

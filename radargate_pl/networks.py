@@ -12,7 +12,9 @@ from radargate_pl.adapters import load_adapters
 from radargate_pl.backbones import load_backbone
 from radargate_pl.block_recomputation import recompute_blocks
 from radargate_pl.decoder_start import decoder_inputs, first_ids, start_ids
+from radargate_pl.execution import AppliedExecution, Execution
 from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
+from radargate_pl.experts import ExpertBank
 from radargate_pl.gates import Context, RadarGate
 from radargate_pl.greedy import with_plain_greedy
 from radargate_pl.label_logits import LabelledLogits, only_positions
@@ -27,6 +29,7 @@ from radargate_pl.network_checks import (
     prompt_length,
     takes_position_ids,
 )
+from radargate_pl.network_state import checkpointed_parameters, copy_state, detached, parameters_of
 from radargate_pl.new_experts import NewExperts
 
 
@@ -50,6 +53,8 @@ class GatedNetwork(nn.Module):
         dropout: dropout before the experts while they train, one mask per layer.
         train: what trains: "gate", "experts" or "both".
         gradient_checkpointing: recompute activations in the backward pass (non-reentrant) to save memory.
+        execution: how all this is computed (compiled layers, attention, form of the mixture), to the same results;
+            everything "auto" where not given. It belongs to the run, not to the gate: nothing saved holds it.
 
     Attributes:
         experts: names of all experts; the position is the expert's id.
@@ -57,6 +62,7 @@ class GatedNetwork(nn.Module):
         start_ids: token ids that every answer of an encoder-decoder backbone begins behind; none for a causal one.
         layers: path inside the backbone to its mixture layer.
         fingerprints: {"backbone": ..., "experts": {name: ...}} of the files, before any cast.
+        applied_execution: what became of ``execution``.
 
     Raises:
         ValueError: for arguments that do not fit together, and for everything wrong with backbone and experts.
@@ -78,6 +84,7 @@ class GatedNetwork(nn.Module):
         dropout: float = 0.0,
         train: Literal["gate", "experts", "both"] = "gate",
         gradient_checkpointing: bool = False,
+        execution: Execution | None = None,
     ) -> None:
         super().__init__()
         new_experts = check_arguments(experts, new_experts, train, dropout)
@@ -94,20 +101,19 @@ class GatedNetwork(nn.Module):
             "backbone": loaded.fingerprint,
             "experts": {adapter.name: adapter.fingerprint for adapter in self.adapters},
         }
-        if new_experts is None:
-            self.experts = tuple(adapter.name for adapter in self.adapters)
-            expert_dtype = self.backbone.dtype if train == "gate" else torch.float32
-            banks = loaded_banks(self.adapters, expert_dtype, trainable=train != "gate")
-        else:
-            self.experts = new_experts.names(tasks or {})
-            banks = new_banks(new_experts, self.experts, self.backbone)
-        for adapter in self.adapters:  # the banks hold copies; a library should lie in memory once
-            adapter.lora_A, adapter.lora_B = {}, {}
+        self.experts, banks = self._banks(tasks or {})
         self.expert_of_task = experts_of_tasks(tasks or {}, self.experts, per=new_experts.per if new_experts else None)
-        self.context = Context()
+        self.context, execution = Context(), execution or Execution()
         streams = {path: input_stream(path) for path in banks} if self.is_encoder_decoder else {}
         self.layers = layers = attach(
-            self.backbone, banks, gate, context=self.context, combine=combine, dropout=dropout, streams=streams
+            self.backbone,
+            banks,
+            gate,
+            context=self.context,
+            combine=combine,
+            dropout=dropout,
+            streams=streams,
+            mixture=execution.mixture,
         )
         check_experts_of_tasks(self)
         if share_A:
@@ -115,10 +121,19 @@ class GatedNetwork(nn.Module):
         if train == "experts":  # otherwise each gate's own: some keep parameters that never train
             for layer in layers.values():
                 layer.gate.requires_grad_(False)
+        self.applied_execution = AppliedExecution(execution, self.backbone, layers, train)
         self._checkpointed: list[nn.Module] = []
         self.train(self.training)
         if gradient_checkpointing:
             self.gradient_checkpointing_enable()
+
+    def _banks(self, tasks: Mapping[str, str | None]) -> tuple[tuple[str, ...], dict[str, ExpertBank]]:
+        if self.new_experts is not None:
+            names = self.new_experts.names(tasks)
+            return names, new_banks(self.new_experts, names, self.backbone)
+        names = tuple(adapter.name for adapter in self.adapters)
+        dtype = self.backbone.dtype if self.train_part == "gate" else torch.float32
+        return names, loaded_banks(self.adapters, dtype, trainable=self.train_part != "gate")
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, expert: Tensor | None = None
@@ -204,6 +219,11 @@ class GatedNetwork(nn.Module):
         self.train(self.training)
 
     @property
+    def recomputes_blocks(self) -> bool:
+        """Whether the backbone's blocks are recomputed in the backward pass."""
+        return bool(self._checkpointed)
+
+    @property
     def shares_A(self) -> bool:
         """Whether all experts have one A per layer (HydraLoRA)."""
         return bool(self.layers) and all(layer.bank.shares_A for layer in self.layers.values())
@@ -216,15 +236,15 @@ class GatedNetwork(nn.Module):
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return everything that trains, by ``<layer path>.gate.*`` and ``<layer path>.bank.lora_A.<expert>``."""
-        return {key: value.detach() for key, value in self._parameters_of("").items() if value.requires_grad}
+        return detached(parameters_of(self.layers), trainable_only=True)
 
     def checkpoint_state(self) -> dict[str, Tensor]:
         """Return `trainable_state`, and what gates keep fixed beside what they train (Nexus' domain embeddings)."""
-        return {key: value.detach() for key, value in self._checkpointed_parameters().items()}
+        return detached(checkpointed_parameters(self.layers, self.train_part))
 
     def gate_state(self) -> dict[str, Tensor]:
         """Return everything of the gates, trained or not, by ``<layer path>.gate.*``."""
-        return {key: value.detach() for key, value in self._parameters_of("gate.").items()}
+        return detached(parameters_of(self.layers, "gate."))
 
     def load_checkpoint_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy a `checkpoint_state` in, bit for bit.
@@ -232,7 +252,7 @@ class GatedNetwork(nn.Module):
         Raises:
             ValueError: naming every missing, unknown or misshapen key; nothing is loaded then.
         """
-        self._load(self._checkpointed_parameters(), state)
+        copy_state(checkpointed_parameters(self.layers, self.train_part), state, self.describe())
 
     def load_gate_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy a `gate_state` in, bit for bit.
@@ -240,22 +260,7 @@ class GatedNetwork(nn.Module):
         Raises:
             ValueError: as in `load_checkpoint_state`.
         """
-        self._load(self._parameters_of("gate."), state)
-
-    def _load(self, parameters: dict[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-        problems = [f"missing: {key}" for key in parameters if key not in state]
-        problems += [f"unknown: {key}" for key in state if key not in parameters]
-        for key in parameters.keys() & state.keys():
-            if parameters[key].shape != state[key].shape:
-                problems.append(
-                    f"{key}: expected shape {tuple(parameters[key].shape)}, found {tuple(state[key].shape)}"
-                )
-        if problems:
-            shown = "\n  ".join(problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else []))
-            raise ValueError(f"Expected the state of {self.describe()}, but it does not fit:\n  {shown}")
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(state[key])
+        copy_state(parameters_of(self.layers, "gate."), state, self.describe())
 
     def save_pretrained(self, folder: str | Path, include_experts: bool = False) -> None:
         """Save gate, configuration and fingerprints as data; see `radargate_pl.gate_folder.save_gate`."""
@@ -275,15 +280,3 @@ class GatedNetwork(nn.Module):
         from radargate_pl.expert_library import save_experts
 
         save_experts(self, Path(folder))
-
-    def _checkpointed_parameters(self) -> dict[str, nn.Parameter]:
-        of_gates = {} if self.train_part == "experts" else self._parameters_of("gate.")
-        return {key: value for key, value in self._parameters_of("").items() if value.requires_grad or key in of_gates}
-
-    def _parameters_of(self, part: str) -> dict[str, nn.Parameter]:
-        return {
-            f"{path}.{name}": parameter
-            for path, layer in self.layers.items()
-            for name, parameter in layer.named_parameters(remove_duplicate=False)
-            if name.startswith(part)
-        }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from radargate_pl.experts import ExpertBank
 from radargate_pl.initialization import generator_for, uniform_parameter
-from radargate_pl.ops import rms_normalize
+from radargate_pl.ops import rms_normalize, rotate
 from radargate_pl.precision import Float32Module
 from radargate_pl.rotation_function import RadarRotationFunction
 from radargate_pl.site import Site
@@ -127,6 +127,9 @@ class RadarRotation(Rotation):
 
         Equals ``rotate(v, self.angles(v, total, expert))``; the angles returned carry no gradient.
         """
+        if torch.compiler.is_compiling():  # the compiler writes a backward pass of its own
+            angles = self.angles(v, total, expert)
+            return rotate(v, angles), angles.detach()
         P, Q, columns = self._factors(expert)
         is_normed = self.angle_norm == "rms"
         rotated, angles = RadarRotationFunction.apply(v, total, P, Q, is_normed, columns, self.angle_bound)

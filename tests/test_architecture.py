@@ -25,6 +25,11 @@ LAYERS = {
         *(
             "networks",
             "network_checks",
+            "network_state",
+            "execution",
+            "compiled_layers",
+            "grouped_attention",
+            "memory_estimate",
             "block_recomputation",
             "new_experts",
             "label_logits",

@@ -307,3 +307,19 @@ def test_float16_is_named_as_the_trap_it_is(name):
     text = CONFIGS[f"backbones/{name}.yaml"].read_text()
     assert "Never float16" in text
     assert yaml.safe_load(text)["model"]["network"]["init_args"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(("typed", "expected"), [("false", False), ("true", True), ("auto", "auto")])
+def test_how_it_is_computed_is_one_word_on_the_command_line(parsed, typed, expected):
+    words = [*with_configs("flan/radargate.yaml"), "--model.network.execution.compile", typed]
+    assert parsed(*words)["model"]["network"]["init_args"]["execution"] == {
+        "mixture": "auto",
+        "compile": expected,
+        "attention": "auto",
+    }
+    base = with_configs("quickstart/radargate.yaml")  # it spells all three out
+    assert parsed(*base, "--model.network.execution.compile", typed)["model"]["network"]["init_args"]["execution"] == {
+        "mixture": "auto",
+        "compile": expected,
+        "attention": "auto",
+    }

@@ -80,7 +80,8 @@ def test_a_trial_leaves_nothing_behind(library, tmp_path):
 # ---- RunSummary ----
 
 KEYS = {
-    "format_version", "command", "status", "error", "gate", "combine", "fingerprints", "steps", "seconds",
+    "format_version", "command", "status", "error", "gate", "combine", "execution", "fingerprints", "steps",
+    "seconds",
     "tokens_per_second", "peak_memory_bytes", "parameters", "loss", "tasks", "mean", "rotation", "seed", "world_size",
     "precision",
     "versions", "git", "argv", "earlier",

@@ -5,6 +5,7 @@ from lightning.pytorch import Callback
 from radargate_pl.callbacks.announcement import GateAnnouncement
 from radargate_pl.callbacks.benchmark_writer import BenchmarkWriter
 from radargate_pl.callbacks.exact_resume import ExactResume
+from radargate_pl.callbacks.execution_report import ExecutionReport
 from radargate_pl.callbacks.expert_load import ExpertLoadMonitor
 from radargate_pl.callbacks.input_answers import InputAnswers
 from radargate_pl.callbacks.loss_convergence import LossConvergenceMonitor
@@ -25,6 +26,7 @@ from radargate_pl.callbacks.sample_generations import SampleGenerations
 DEFAULTS: dict[str, type[Callback]] = {
     "announcement": GateAnnouncement,
     "parts": PartsTable,
+    "execution": ExecutionReport,
     "progress": RunProgressBar,
     "rotation_angles": RotationAngleMonitor,
     "expert_load": ExpertLoadMonitor,
@@ -46,6 +48,7 @@ __all__ = [
     "DEFAULTS",
     "BenchmarkWriter",
     "ExactResume",
+    "ExecutionReport",
     "ExpertLoadMonitor",
     "GateAnnouncement",
     "InputAnswers",

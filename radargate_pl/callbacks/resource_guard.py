@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from radargate_pl.disk_space import Disk, format_bytes
+from radargate_pl.execution import Execution
+from radargate_pl.memory_estimate import free_memory, step_memory
 from radargate_pl.provenance import peak_memory_bytes
 
 # What the allocators of CUDA and of the CPU write into a plain RuntimeError.
@@ -19,8 +21,10 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 
 
 class ResourceGuard(Callback):
-    """Says what to do when memory runs out, warns before a disk is full, and counts the records that were left out.
+    """Says what memory a fit needs and what to do when it runs out, warns before a disk is full, counts bad records.
 
+    * At the start of a fit, where the data say how long their examples are: what the largest batch needs beside the
+      weights, part by part, and what is free; with the levers if it is more than that.
     * Out of memory in a fit: shapes of the last batch, peak memory, and the levers in order; the error itself goes on.
     * Free space of the run folder and of the temporary folder, at the start of a fit and every ``every_n_steps``.
       A running fit is only warned, once for each disk: a checkpoint that does not fit leaves the old ones whole.
@@ -64,6 +68,8 @@ class ResourceGuard(Callback):
                 "another trainer.default_root_dir or TMPDIR; or lower resource_guard.stop_below_mb."
             )
         self._warn(trainer)
+        for line in memory_report(trainer, pl_module):
+            rank_zero_info(line)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Remember the shapes of the batch."""
@@ -99,6 +105,31 @@ class ResourceGuard(Callback):
         lines = [f"last batch: {shapes}; peak memory: {format_bytes(peak_memory_bytes())}", "what helps, in order:"]
         levers = list(_levers(trainer, pl_module))
         return "\n".join([*lines, *(f"  {number}. {lever}" for number, lever in enumerate(levers, start=1))])
+
+
+def memory_report(trainer: Trainer, pl_module: Any) -> list[str]:
+    """What the largest batch will need beside the weights; nothing where the data do not say how long examples are.
+
+    Args:
+        trainer: of the run.
+        pl_module: its module, with the network on its device.
+
+    Returns:
+        One line, and the levers below it where more is needed than is free.
+    """
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if not (hasattr(datamodule, "examples") and hasattr(datamodule, "batch_size")):
+        return []
+    rows = int(datamodule.batch_size)
+    length, labelled = datamodule.examples("train").largest_batch(rows)
+    needed, free = step_memory(pl_module.built_network, rows, length, labelled), free_memory(pl_module.device)
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in vars(needed).items())
+    known = "" if free is None else f"; {format_bytes(free)} are free"
+    line = f"memory of a step of {rows} x {length} tokens: about {format_bytes(needed.total)} ({parts}){known}"
+    if free is None or needed.total <= free:
+        return [line]
+    levers = [f"  {number}. {lever}" for number, lever in enumerate(_levers(trainer, pl_module), start=1)]
+    return [line, "\n".join(["warning: this fit may run out of memory; what helps, in order:", *levers])]
 
 
 def disks(trainer: Trainer) -> list[Disk]:
@@ -160,9 +191,11 @@ def _levers(trainer: Trainer, pl_module: Any) -> Iterator[str]:
             "smaller parts"
         )
     network = getattr(pl_module, "network", None)
-    if not getattr(network, "_checkpointed", None):
+    if not getattr(network, "recomputes_blocks", False):
         name = "model.network.init_args.gradient_checkpointing"
         yield f"{name}: true: activations are computed a second time instead of kept"
+    if getattr(getattr(network, "applied_execution", None), "execution", Execution()).mixture == "plain":
+        yield "model.network.init_args.execution.mixture: auto: keeps less of each layer's mixture"
     length = getattr(datamodule, "max_length", None)
     now = "" if length is None else f" (now {length})"
     yield f"a shorter data.init_args.max_length{now}: longer sources lose their middle"

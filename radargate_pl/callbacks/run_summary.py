@@ -106,7 +106,7 @@ class RunSummary(Callback):
             "error": error,
             **_network_facts(pl_module),
             "steps": max(trainer.global_step, getattr(pl_module, "restored_step", 0)),
-            **self._measurements(is_fit=command == "fit"),
+            **self._measurements(_compile_seconds(pl_module), is_fit=command == "fit"),
             **(_scores(trainer, pl_module) or (self._scores if command == "fit" else {}) or NO_SCORES),
             **_settings(trainer),
         }
@@ -114,8 +114,11 @@ class RunSummary(Callback):
         self._stopwatch = Stopwatch()
         self._tokens = 0
 
-    def _measurements(self, is_fit: bool) -> dict[str, Any]:
+    def _measurements(self, compile_seconds: float, is_fit: bool) -> dict[str, Any]:
         seconds = self._stopwatch.seconds
+        if is_fit and compile_seconds:  # they passed inside the first training steps
+            seconds["compile"] = round(compile_seconds, 3)
+            seconds["train"] = round(max(0.0, seconds["train"] - compile_seconds), 3)
         tokens, training = int(self._tokens), seconds.get("train", 0.0)
         first, last = (self._first_loss, self._last_loss) if is_fit else (None, None)
         return {
@@ -191,13 +194,19 @@ def _summaries_so_far(path: Path) -> dict[str, Any]:
 def _network_facts(pl_module: Any) -> dict[str, Any]:
     network = getattr(pl_module, "network", None)
     if network is None:  # it failed before it was built
-        return {"gate": None, "combine": None, "fingerprints": None, "parameters": None}
+        return {"gate": None, "combine": None, "execution": None, "fingerprints": None, "parameters": None}
     return {
         "gate": network.describe(),
         "combine": network.combine,
+        "execution": network.applied_execution.line(),
         "fingerprints": network.fingerprints,
         "parameters": count_parameters(network),
     }
+
+
+def _compile_seconds(pl_module: Any) -> float:
+    applied = getattr(getattr(pl_module, "network", None), "applied_execution", None)
+    return 0.0 if applied is None or applied.compiled is None else float(applied.compiled.seconds)
 
 
 def count_parameters(network: nn.Module) -> dict[str, int]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -71,6 +72,16 @@ class ExampleSet(Dataset[Example]):
         """Tokens of prompt and answer of each example, (examples,) int64."""
         lengths = [torch.from_numpy(part.encoded.lengths()) for part in self.parts]
         return torch.cat(lengths) if lengths else torch.empty(0, dtype=torch.int64)
+
+    def largest_batch(self, rows: int) -> tuple[int, int]:
+        """What no batch of so many examples exceeds: its length, and its answer tokens, both in tokens.
+
+        Args:
+            rows: Examples of a batch.
+        """
+        answers = [np.diff(part.encoded.answer_ends, prepend=0) for part in self.parts]
+        longest = np.sort(np.concatenate(answers))[-rows:] if answers else np.zeros(0, np.int64)
+        return int(self.lengths().max()) if len(self) else 0, int(longest.sum())
 
     def task_of(self, index: int) -> int:
         """The task of the example at an index, as its position among the tasks."""
