@@ -54,6 +54,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without_memory", action="store_true", help="no process for each point's peak memory")
     parser.add_argument("--memory_of", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.device == "auto":
@@ -111,10 +112,8 @@ def forward_of(model: Any, options: argparse.Namespace) -> Callable[[], Tensor]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Count and time every number of experts."""
     counts = [int(word) for word in options.counts.split(",")]
-    plan = [
-        ("none", 0),
-        *((kind, n) for kind in KINDS for n in counts if kind != "naive" or n <= options.largest_naive),
-    ]
+    limits = {"naive": options.largest_naive}
+    plan = [("none", 0), *((kind, n) for kind in KINDS for n in counts if n <= limits.get(kind, n))]
     cases: dict[Row, Case] = {}
     points: list[dict[str, Any]] = []
     for kind, n in plan:
@@ -131,7 +130,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for row, point in zip(cases, points, strict=True):
         values = list(seconds[row].values())
         point |= {"seconds": statistics.median(values), "spread": spread(values)} if row not in failed else {}
-        point["peak"] = peak_apart(point["kind"], point["n"], options)
+        point["peak"] = None if options.without_memory else peak_apart(point["kind"], point["n"], options)
     names = ("width", "depth", "batch", "length", "rounds", "seed", "device")
     settings = {name: getattr(options, name) for name in names} | {"rank": RANK, "k": TOP_K, "angle rank": ANGLE_RANK}
     return {"machine": machine(torch.device(options.device)), "settings": settings, "points": points}

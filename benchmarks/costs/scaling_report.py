@@ -11,12 +11,12 @@ DPI, MEBI = 150, 2**20
 COLORS = {"plain": "C0", "eager": "C1", "naive": "C3"}
 WORDS = {"plain": "plain path", "eager": "default path", "naive": "dense"}
 READING = """
-Products, kept bytes, time and memory are those of one step (forward and backward, no optimiser) less those of the same
-backbone without experts. "Products" are operations of matrix products; a multiply-add is two. The formula of the plain
-and of the dense form is exact; the default path may do fewer products, or do them without a matrix product (a gather of
-rows), which a counter of products does not see. "Minimum" lifts a kept expert by its own factor alone. "Kept" is what
-the forward leaves for the backward pass; its minimum is n r + 2 k numbers a token and layer. Memory: a fresh process
-each, peak of the steps.
+A step is forward and backward, without optimiser. Time and memory are of the whole step; products and kept bytes are
+less those of the same backbone without experts. "Products" are operations of matrix products; a multiply-add is two.
+The formula of the plain and of the dense form is exact; the default path may do fewer products, or do them without a
+matrix product (a gather of rows), which a counter of products does not see. "Minimum" lifts a kept expert by its own
+factor alone. "Kept" is what the forward leaves for the backward pass; its minimum is n r + 2 k numbers a token and
+layer. Memory: a fresh process each, peak of the steps, without what importing costs.
 """.strip()
 PAPER = """
 The paper's count of a forward (eq. 40) is reconstructed from a summary, see `costs/formulas.py`: it counts the LoRA
@@ -31,19 +31,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
     lines = ["# How a step grows with the number of experts", "", *machine_lines(report["machine"])]
     lines += [f"* Settings: {settings}.", "", READING, "", "![time, products and memory](scaling_law.png)", ""]
-    heads = [
-        "form",
-        "n",
-        "ms",
-        "spread",
-        "MFLOP",
-        "formula",
-        "measured / formula",
-        "minimum",
-        "kept MiB",
-        "its minimum",
-    ]
-    lines += [_row([*heads, "peak MiB"]), "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
+    heads = ["form", "n", "ms", "spread", "MFLOP", "formula", "measured / formula", "minimum", "kept MiB"]
+    lines += [_row([*heads, "its minimum", "peak MiB"]), "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
     base = base_of(report)
     lines += [_point(point, base) for point in report["points"]]
     heads = ["n", "dense", "factored", "paper, eq. 40", "trains", "paper, C.4"]
@@ -115,7 +104,10 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axes.set(title=title, xlabel="experts n", ylabel=label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
+        else:
+            axes.set_visible(False)
     figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
 
