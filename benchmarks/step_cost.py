@@ -93,7 +93,7 @@ def measure_group(rows: list[Row], setting: Setting, rounds: int) -> dict[str, d
         begun = time.perf_counter()
         try:
             case = case_of(row, setting, weights)
-            found[row] |= warm_up(row, case, watch) | case.describe()
+            found[row] |= warm_up(case, watch) | case.describe()
             cases[row] = case
         except UnavailableError as error:
             found[row]["unavailable"] = str(error)
@@ -117,7 +117,6 @@ def described(row: Row) -> dict[str, Any]:
 @contextmanager
 def own_compiler_cache() -> Iterator[None]:
     """Compile from nothing, so that compile seconds do not depend on earlier runs."""
-    torch._dynamo.config.recompile_limit = 64  # many networks share the code of one layer
     with tempfile.TemporaryDirectory(prefix="step-cost-") as folder:
         before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
@@ -177,7 +176,10 @@ def main(words: list[str] | None = None) -> None:
     elif options.memory_row:
         row = next(row for row in all_rows() if row.name == options.memory_row)
         with own_compiler_cache():
-            print(json.dumps(measure_here(row, setting_of(options))))
+            try:
+                print(json.dumps(measure_here(row, setting_of(options))))
+            except UnavailableError as error:
+                print(json.dumps({"unavailable": str(error)}))
     else:
         begun = time.perf_counter()
         measure(options)

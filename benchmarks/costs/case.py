@@ -1,7 +1,7 @@
 """A row made ready: what to call, and what is known about it (attention, precision, parameters)."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +44,23 @@ class Case:
         run: does what is measured, once.
         module: what is measured, for its parameters.
         model: the transformers model inside, if any; tells the attention.
-        facts: what to report beside the times.
+        compiled: tells after the first call what was compiled, or raises `UnavailableError`; ``None`` where nothing is.
     """
 
     run: Callable[[], Any]
     module: nn.Module
     model: Any = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    compiled: Callable[[], dict[str, Any]] | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return attention, precision and parameters as they are now; read after the first call."""
         trained = [p for p in self.module.parameters() if p.requires_grad]
         attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
         return {
-            "attention": attention or "none",
+            "attention": (attention or "none").removeprefix("radargate_"),
             "precision": precision_of(self.module),
             "trains": sum(p.numel() for p in trained),
             "parameters": sum(p.numel() for p in self.module.parameters()),
-            **self.facts,
         }
 
 

@@ -1,6 +1,7 @@
 """From a row to a case: training steps, decoding, single layers, steps that the monitors look at."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from costs.backbones import ALPHA, SharedWeights, batch_of
 from costs.case import Case, Setting, UnavailableError, with_gradient_at_input
 from costs.naive import bytes_of_naive, loss_of_layer, naive_layer, put_naive
-from costs.ours import auxiliary_losses_of, layer_of, network_of
+from costs.ours import auxiliary_losses_of, compiled_facts, layer_of, network_of
 from costs.peers import peft_model_of
 from costs.rows import OURS, TARGETS, Row
 from radargate_pl.auxiliary_terms import AuxiliaryTerms
@@ -43,7 +44,8 @@ def case_of(row: Row, setting: Setting, weights: SharedWeights) -> Case:
         put_naive(network.backbone, TARGETS[row.targets], row.n, setting.rank, ALPHA / setting.rank, setting.seed)
         network.train()
     run = _decoding(row, setting, network) if row.table == "decode" else _step(row, setting, network)
-    return Case(run, network, network.backbone)
+    compiled = partial(compiled_facts, network) if row.mode == "compiled" else None
+    return Case(run, network, network.backbone, compiled)
 
 
 def _step(row: Row, setting: Setting, network: GatedNetwork) -> Callable[[], Any]:

@@ -54,7 +54,7 @@ def measure_here(row: Row, setting: Setting) -> dict[str, Any]:
     # What transformers imports late counts as importing.
     SharedWeights(dataclasses.replace(setting, backbone="debug-tiny"))
     found, case = peak_of(lambda: case_of(row, setting, SharedWeights(setting)), setting.device)
-    return {**found, **case.describe()}
+    return {**found, **case.describe(), **({} if case.compiled is None else case.compiled())}
 
 
 def peak_of(build: Callable[[], Case], device: torch.device) -> tuple[dict[str, int], Case]:

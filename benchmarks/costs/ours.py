@@ -31,7 +31,7 @@ class Mode(NamedTuple):
 MODES = {
     "plain": Mode("plain", False, "model"),
     "eager": Mode("auto", False, "model"),
-    "own-attention": Mode("auto", False, "auto"),
+    "grouped": Mode("auto", False, "grouped"),
     "compiled": Mode("auto", True, "auto"),
 }
 # Experts that files of configs/gates name.
@@ -88,6 +88,18 @@ def layer_of(row: Row, setting: Setting, linear: nn.Linear) -> MoELinear:
     choose_mixture(layer, MODES[row.mode])
     wake(layer, 0)
     return layer
+
+
+def compiled_facts(network: GatedNetwork) -> dict[str, Any]:
+    """What compiling cost, once the network has run.
+
+    Raises:
+        UnavailableError: nothing was compiled, or it failed.
+    """
+    applied: Any = network.applied_execution  # type: ignore[attr-defined]
+    if applied.compiled is None or applied.compiled.failure is not None:
+        raise UnavailableError(f"not compiled: {getattr(applied.compiled, 'failure', applied.compilation)}")
+    return {"compile_seconds": applied.compiled.seconds, "graphs": applied.compiled.graphs}
 
 
 def wake(layer: MoELinear, seed: int) -> None:

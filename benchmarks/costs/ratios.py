@@ -154,7 +154,7 @@ def _best(results: Results, **wanted: object) -> tuple[str, Found] | None:
     """The fastest of our modes."""
     defaults = STEP if wanted.get("table", "step") == "step" else {}
     sides = {**defaults, "kind": OURS, "k": 2, "scorer": "x", **wanted}
-    modes = (_find(results, **{**sides, "mode": mode}) for mode in ("eager", "own-attention", "compiled"))
+    modes = (_find(results, **{**sides, "mode": mode}) for mode in ("eager", "grouped", "compiled"))
     found = [side for side in modes if side is not None]
     return min(found, key=lambda side: statistics.median(side[1]["seconds"].values()), default=None)
 

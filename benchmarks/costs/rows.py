@@ -93,7 +93,7 @@ def step_of(kind: str, table: str = "step", **options: object) -> Row:
 
 
 def _steps(targets: str) -> Iterator[Row]:
-    for mode in ("eager", "own-attention", "compiled"):
+    for mode in ("eager", "grouped", "compiled"):
         yield step_of("floor", targets=targets, mode=mode)
         yield step_of("own-lora", targets=targets, mode=mode)
     yield step_of("peft-lora", targets=targets, loss="full")
@@ -106,7 +106,7 @@ def _steps(targets: str) -> Iterator[Row]:
     for n in COUNTS:
         yield from (replace(ours, n=n, mode=mode) for mode in ("eager", "compiled"))
     for n in (5, 40):
-        yield from (replace(ours, n=n, mode=mode) for mode in ("plain", "own-attention"))
+        yield from (replace(ours, n=n, mode=mode) for mode in ("plain", "grouped"))
         yield from (replace(ours, n=n, k=k) for k in (1, 0))
         yield replace(ours, n=n, scorer="experts")
     yield replace(ours, n=40, scorer="experts", mode="compiled")
@@ -158,8 +158,7 @@ def _decoding() -> list[Row]:
         rows += [step_of(kind, "decode", **shape) for kind in ("floor", "peft-lora")]
         rows += [step_of("arrow", "decode", **shape, n=40), step_of("x-lora", "decode", **shape, n=40, is_heavy=True)]
         ours = replace(Row("decode", OURS), **shape)  # type: ignore[arg-type]
-        rows += [replace(ours, n=n, mode=mode) for n in (5, 40) for mode in ("eager", "compiled")]
-        rows += [replace(ours, n=40, mode="plain")]
+        rows += [replace(ours, n=n, mode=mode) for n in (5, 40) for mode in ("eager", "plain")]
     return rows
 
 

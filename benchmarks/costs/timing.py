@@ -40,31 +40,30 @@ class Stopwatch:
         return begin.elapsed_time(end) / 1000
 
 
-def warm_up(row: Row, case: Case, watch: Stopwatch) -> dict[str, float]:
-    """Call twice; the first call's surplus is what compiling costs, where the row compiles.
+def warm_up(case: Case, watch: Stopwatch) -> dict[str, Any]:
+    """Call twice, and tell what was compiled.
 
     Returns:
-        ``warm_up_seconds`` of the first call, and ``compile_seconds`` of a compiled row.
+        ``warm_up_seconds`` of the first call; ``compile_seconds`` and ``graphs`` of a compiled row.
 
     Raises:
         UnavailableError: it failed, or nothing was compiled although the row says so.
     """
-    from torch._dynamo.utils import counters
-
-    graphs = counters["stats"]["unique_graphs"]
     try:
         first = watch.seconds(case.run)
         case.module.zero_grad(set_to_none=True)
-        second = watch.seconds(case.run)
+        watch.seconds(case.run)
     except Exception as error:  # whatever a foreign package or a compiler raises belongs in the table
-        raise UnavailableError(f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}") from error
+        raise UnavailableError(reason_of(error)) from error
     finally:
         case.module.zero_grad(set_to_none=True)
-    if row.mode != "compiled":
-        return {"warm_up_seconds": first}
-    if counters["stats"]["unique_graphs"] == graphs:
-        raise UnavailableError("nothing was compiled")
-    return {"warm_up_seconds": first, "compile_seconds": max(0.0, first - second)}
+    return {"warm_up_seconds": first, **({} if case.compiled is None else case.compiled())}
+
+
+def reason_of(error: Exception) -> str:
+    """An error as one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def take_turns(
@@ -87,7 +86,7 @@ def take_turns(
             try:
                 seconds[row][number] = watch.seconds(cases[row].run)
             except Exception as error:  # as in warm_up
-                failed[row] = f"{type(error).__name__}: {error}"
+                failed[row] = reason_of(error)
             cases[row].module.zero_grad(set_to_none=True)
     return seconds, failed
 
