@@ -14,7 +14,7 @@ from costs.case import Setting, UnavailableError
 from costs.rows import GATES, Row
 from radargate_pl import networks
 from radargate_pl.experts import ExpertBank
-from radargate_pl.gates import Context, LoraHub, RadarGate, TaskGate
+from radargate_pl.gates import Context, LoraHub, RadarGate, UniformGate
 from radargate_pl.moe import MoELinear, attach
 from radargate_pl.networks import GatedNetwork
 from radargate_pl.rotations import RadarRotation
@@ -48,7 +48,7 @@ def network_of(row: Row, setting: Setting, weights: SharedWeights) -> GatedNetwo
     experts = {} if row.kind in ("floor", "naive") else experts_of(row, weights.model, setting, NAMES)
     options: dict[str, Any] = {"experts": experts or []}
     if row.kind == "own-lora":
-        options |= {"gate": TaskGate, "train": "experts"}
+        options |= {"gate": UniformGate, "train": "experts"}  # the weight of one is 1
     elif experts:
         options["gate"] = gate_of(row)
     network = GatedNetwork(backbone=setting.backbone, dtype=setting.dtype, **options, **_execution(MODES[row.mode]))

@@ -22,8 +22,9 @@ a gradient at its input embeddings. Loss "labels" computes logits of the labelle
 transformers over all of them. Modes: "plain" is the reference code path; "eager" is this package's faster mixture with
 the model's own attention and nothing compiled, and what other packages always run as; "grouped" the same with this
 package's attention; "compiled" has every decoder layer compiled and the attention this package chooses on this machine.
-The first call of a row is told apart. Spread: the quartiles, of fewer than four rounds smallest and largest. Larger libraries repeat eight distinct
-random experts. Nothing of PEFT's Arrow trains: its step ends at the input embeddings, as that of the floor.
+The first call of a row is told apart. Spread: the quartiles, of fewer than four rounds smallest and largest. Larger
+libraries repeat eight distinct random experts. Nothing of Arrow trains in PEFT: its step ends at the input embeddings,
+as that of the floor.
 """.strip()
 
 
