@@ -12,6 +12,7 @@ step_cost.json and step_cost.md into the run folder after every table. On a GPU:
 import argparse
 import dataclasses
 import json
+import math
 import os
 import tempfile
 import time
@@ -35,8 +36,9 @@ from costs.timing import Stopwatch, take_turns, warm_up
 from radargate_pl.callbacks import ExpertLoadMonitor
 
 FORMAT = 1
-QUICK = {"rounds": 3, "new_tokens": 16}
-OPTIONS = {"rounds": 7, "new_tokens": 64}
+QUICK = {"rounds": 2, "new_tokens": 12, "minutes": 4.5}
+OPTIONS = {"rounds": 7, "new_tokens": 64, "minutes": None}
+TOO_LATE = "the time was up, see --minutes"
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
@@ -51,6 +53,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
         "--rounds", type=int, default=None, help=f"{OPTIONS['rounds']}, or {QUICK['rounds']} with --quick"
     )
     parser.add_argument("--new_tokens", type=int, default=None, help="tokens generated when decoding")
+    parser.add_argument("--minutes", type=float, default=None, help="no row is begun later; 4.5 with --quick")
     parser.add_argument("--rows", default="", help="beginnings of row names, separated by commas")
     parser.add_argument("--quick", action="store_true", help="only the rows that the ratios need")
     parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")
@@ -85,13 +88,23 @@ def chosen_rows(options: argparse.Namespace) -> list[Row]:
     return found
 
 
-def measure_group(rows: list[Row], setting: Setting, rounds: int) -> dict[str, dict[str, Any]]:
-    """Build and warm up the rows of one group, then let them take turns."""
-    weights, watch = SharedWeights(setting), Stopwatch(setting.device)
+def measure_group(rows: list[Row], setting: Setting, rounds: int, end: float = math.inf) -> dict[str, dict[str, Any]]:
+    """Build and warm up the rows of one group, then let them take turns.
+
+    Args:
+        rows: of one group.
+        setting: what all have in common.
+        rounds: how often each takes its turn.
+        end: no row is begun after this time of `time.perf_counter`.
+    """
     cases, found = {}, {row: described(row) for row in rows}
+    watch = Stopwatch(setting.device)
+    weights = SharedWeights(setting) if time.perf_counter() < end else None
     for row in rows:
         begun = time.perf_counter()
         try:
+            if weights is None or begun > end:
+                raise UnavailableError(TOO_LATE)
             case = case_of(row, setting, weights)
             found[row] |= warm_up(case, watch) | case.describe()
             cases[row] = case
@@ -134,19 +147,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in names}
     report: dict[str, Any] = {"format_version": FORMAT, "machine": machine(setting.device), "settings": settings}
     report["rows"] = {}
+    end = time.perf_counter() + 60 * (options.minutes or math.inf)
     with own_compiler_cache():
-        for group in dict.fromkeys(row.group for row in rows if row.table != "memory"):
+        for group in dict.fromkeys(row.group for row in rows):
             of_group = [row for row in rows if row.group == group]
-            report["rows"] |= measure_group(of_group, setting, options.rounds)
-            torch.compiler.reset()
+            if of_group[0].table == "memory":
+                report["rows"] |= measure_memory(of_group, options, end)
+            else:
+                report["rows"] |= measure_group(of_group, setting, options.rounds, end)
+                torch.compiler.reset()
             write(report, options)
-        for row in rows:
-            if row.table == "memory":
-                found = measure_apart(row, Path(__file__).resolve(), words_of(options))
-                report["rows"][row.name] = described(row) | found
-                print(f"{row.name}: {found.get('unavailable', 'measured')}", flush=True)
-        write(report, options)
     return report
+
+
+def measure_memory(rows: list[Row], options: argparse.Namespace, end: float) -> dict[str, dict[str, Any]]:
+    """Measure the memory of each row in a process of its own."""
+    results = {}
+    for row in rows:
+        found: dict[str, Any] = {"unavailable": TOO_LATE}
+        if time.perf_counter() < end:
+            found = measure_apart(row, Path(__file__).resolve(), words_of(options))
+        results[row.name] = described(row) | found
+        print(f"{row.name}: {found.get('unavailable', 'measured')}", flush=True)
+    return results
 
 
 def words_of(options: argparse.Namespace) -> list[str]:

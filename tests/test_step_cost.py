@@ -137,8 +137,7 @@ def test_quick_measures_every_promised_ratio(script: ModuleType) -> None:
 
     results = measured(script.quick_rows(), script)
     missing = [r.title for r in ratios_of(results) if r.must is not None and r.value is None]
-    assert all("compiled" in title for title in missing)
-    assert len(missing) == 3  # n = 256 compiled, and memory compiled twice
+    assert all("compiled" in title for title in missing)  # all but n = 40 in eager mode
     assert results.keys() <= {row.name for row in script.all_rows()}
 
 
@@ -157,9 +156,11 @@ def test_what_fails_is_told_with_its_reason(script: ModuleType, setting: Any, mo
     compiled = dataclasses.replace(row, mode="compiled")
     build = script.case_of
     monkeypatch.setattr(script, "case_of", lambda row, *rest: refuse() if row == compiled else build(row, *rest))
-    found = script.measure_group([row, compiled], setting, rounds=1)
+    found = script.measure_group([row, compiled], setting, 1)
     assert found[compiled.name]["unavailable"] == "no compiler here"
     assert found[row.name]["seconds"][0] > 0
+    late = script.measure_group([row], setting, 1, end=0.0)
+    assert late[row.name]["unavailable"] == script.TOO_LATE
 
 
 def test_rows_share_the_frozen_weights(script: ModuleType, setting: Any) -> None:
