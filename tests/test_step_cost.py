@@ -57,6 +57,7 @@ def test_the_command_runs_and_says_what_it_measured(script: ModuleType, tmp_path
     assert own["trains"] == peft["trains"] == layers * rank * (2 * width + width + width // 2)
     assert all(len(found["seconds"]) == 1 for found in (ours, peft, own))
     assert report["rows"]["decode/qv/1x64/ours-n5-k2-by-x/eager"]["tokens"] == 2
+    assert report["rows"]["layer/qv/4x128/floor/eager"]["seconds"]
     missing = {name: found["unavailable"] for name, found in report["rows"].items() if "unavailable" in found}
     text = (tmp_path / "step_cost.md").read_text()
     assert all(f"`{name}`: {reason}" in text for name, reason in missing.items())

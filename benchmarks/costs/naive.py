@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class DenseMixture(nn.Module):
@@ -82,4 +81,4 @@ def bytes_of_naive(model: nn.Module, targets: list[str], count: int, tokens: int
 
 def loss_of_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """A scalar whose gradient is not the same for all outputs."""
-    return F.mse_loss(layer(x).float(), torch.ones((), device=x.device))
+    return (layer(x).float() - 1).square().mean()
