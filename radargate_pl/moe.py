@@ -12,6 +12,7 @@ from radargate_pl.combines import COMBINES, Combine
 from radargate_pl.experts import ExpertBank
 from radargate_pl.gates import Context, Gate, Routing, Site
 from radargate_pl.mixture import mix
+from radargate_pl.shared_inputs import SharedInput
 
 GateFactory = Callable[[Site], Gate]
 
@@ -48,6 +49,7 @@ class MoELinear(nn.Module):
         self.combine = combine
         self.dropout = dropout
         self.recorder: Callable[[MoELinear, Tensor, Tensor, Routing], None] | None = None
+        self.shared_input = SharedInput()
 
     @property
     def weight(self) -> Tensor:
@@ -75,9 +77,16 @@ class MoELinear(nn.Module):
         self.base_layer.eval()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.shared_input.forget()
+        return super()._apply(fn, recurse)
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute base layer plus mixture: (..., in) to (..., out), the base layer's dtype."""
         y = self.base_layer(x)
+        update = None if torch.is_grad_enabled() else self.shared_input.update(self, x)
+        if update is not None:
+            return y + update.to(y.dtype)
         active = self.gate.active(self.bank, self.context)
         if active == ():
             return y
@@ -132,8 +141,10 @@ def attach(
         layer_gate.rotation.bind(bank)
         layer = MoELinear(base_layer, bank, layer_gate, context, COMBINES[combine].suited(layer_gate), dropout)
         layers[path] = layer.to(base_layer.weight.device)
+    siblings: dict[str, SharedInput] = {}
     for path, layer in layers.items():
         model.set_submodule(path, layer)
+        layer.shared_input = siblings.setdefault(path.rpartition(".")[0], layer.shared_input)
     return layers
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Remembered:
@@ -40,3 +40,30 @@ class Remembered:
     def forget(self) -> None:
         """Drop the value; for changes that leave no trace in a version, such as `nn.Module.to`."""
         self._weights, self._value = [], None
+
+
+class Snapshot:
+    """Tells whether the parameters of modules are still those they were, unwritten and in their place.
+
+    Args:
+        modules: the modules; what lies below them belongs to them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        below = [module for root in modules for module in root.modules()]
+        self._children = [(module._modules, name, child) for module in below for name, child in module._modules.items()]
+        self._parameters = [
+            (module._parameters, name, parameter, parameter._version, parameter.data_ptr())
+            for module in below
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        # As long as the memory is held, nothing new can lie at the same address.
+        self._held = [parameter.detach() for _, _, parameter, _, _ in self._parameters]
+
+    def is_current(self) -> bool:
+        """Whether nothing was written, replaced or moved since."""
+        return all(children.get(name) is child for children, name, child in self._children) and all(
+            parameters.get(name) is parameter and parameter._version == version and parameter.data_ptr() == pointer
+            for parameters, name, parameter, version, pointer in self._parameters
+        )

@@ -1,0 +1,70 @@
+"""Which mixture layers the quick path of decoding knows, and which of them can be computed side by side (layer 2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from radargate_pl.combines import Combine
+from radargate_pl.experts import ExpertBank
+from radargate_pl.gates import RadarGate, StretchGate
+from radargate_pl.gates.scorers import InputScorer
+from radargate_pl.ops import gate_dtype
+from radargate_pl.rotations import NoRotation, RadarRotation
+
+if TYPE_CHECKING:
+    from radargate_pl.moe import MoELinear
+
+
+class Kind(NamedTuple):
+    """What members must agree in, and what makes a plan stale when it changes."""
+
+    experts: int
+    rank: int
+    in_features: int
+    dtype: torch.dtype
+    device: torch.device
+    kept: int
+    renormalizes: bool
+    rotation_rank: int  # 0 without rotation
+    angle_norm: str
+    angle_bound: float | None
+
+
+def dials(layer: MoELinear) -> tuple[object, ...]:
+    """Return what decides how a layer computes and is no parameter; cheap, read at every step."""
+    gate, rotation = layer.gate, layer.gate.rotation
+    return (
+        *(type(gate), type(rotation), type(layer.bank), type(layer.combine), type(gate.scorer)),
+        *(gate.top_k, gate.temperature, gate.renormalize, gate.output_scale, rotation.__dict__.get("angle_norm")),
+        *(rotation.__dict__.get("angle_bound"), rotation.__dict__.get("rotation_rank"), layer.bank.scaling),
+        *(rotation.__dict__.get("rotation_sharing"), "forward" in gate.__dict__, layer.bank.in_blocks),
+        bool(gate._forward_hooks or gate._forward_pre_hooks or gate.scorer._forward_hooks),
+    )
+
+
+def kind_of(layer: MoELinear) -> Kind | None:
+    """Return what is known of a layer, or ``None`` where only the general path can compute it."""
+    gate, bank, rotation = layer.gate, layer.bank, layer.gate.rotation
+    if type(gate) not in (StretchGate, RadarGate) or type(gate.scorer) is not InputScorer:
+        return None
+    if type(bank) is not ExpertBank or bank.in_blocks or bank.num_experts == 1 or type(layer.combine) is not Combine:
+        return None
+    if "forward" in gate.__dict__ or gate._forward_hooks or gate._forward_pre_hooks or gate.scorer._forward_hooks:
+        return None
+    rotation_rank, norm, bound = 0, "none", None
+    if type(rotation) is RadarRotation:
+        if rotation.rotation_sharing != "shared" or rotation.rotation_rank == "full":
+            return None
+        rotation_rank, norm, bound = int(rotation.rotation_rank), rotation.angle_norm, rotation.angle_bound
+    elif type(rotation) is not NoRotation:
+        return None
+    dtype, parameters = bank.lora_A.dtype, list(gate.parameters())
+    if any(p.is_inference() for p in (*parameters, bank.lora_A, bank.lora_B)):
+        return None  # writes to them are not counted
+    if any(p.dtype != gate_dtype(dtype) for p in parameters) or (rotation_rank == 0 and gate_dtype(dtype) != dtype):
+        return None  # without a rotation the general path sums in the experts' own dtype
+    renormalizes = gate.top_k > 1 if gate.renormalize == "auto" else gate.renormalize == "always"
+    sizes = (bank.num_experts, bank.rank, bank.in_features, dtype, bank.lora_A.device)
+    return Kind(*sizes, min(gate.top_k, bank.num_experts), renormalizes, rotation_rank, norm, bound)
