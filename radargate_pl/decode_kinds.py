@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -32,16 +32,22 @@ class Kind(NamedTuple):
     angle_bound: float | None
 
 
-def dials(layer: MoELinear) -> tuple[object, ...]:
-    """Return what decides how a layer computes and is no parameter; cheap, read at every step."""
-    gate, rotation = layer.gate, layer.gate.rotation
-    return (
-        *(type(gate), type(rotation), type(layer.bank), type(layer.combine), type(gate.scorer)),
-        *(gate.top_k, gate.temperature, gate.renormalize, gate.output_scale, rotation.__dict__.get("angle_norm")),
-        *(rotation.__dict__.get("angle_bound"), rotation.__dict__.get("rotation_rank"), layer.bank.scaling),
-        *(rotation.__dict__.get("rotation_sharing"), "forward" in gate.__dict__, layer.bank.in_blocks),
-        bool(gate._forward_hooks or gate._forward_pre_hooks or gate.scorer._forward_hooks),
-    )
+def settings_of(layer: MoELinear) -> list[tuple[dict[str, Any], str, object]]:
+    """Return what decides how a layer computes and is no parameter: where it is kept, its name, its value."""
+    owners: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        (layer._modules, ("bank", "gate")),
+        (layer.__dict__, ("combine",)),
+        (layer.bank.__dict__, ("scaling", "in_blocks")),
+        (layer.gate.__dict__, ("forward", "top_k", "temperature", "renormalize", "output_scale")),
+        (layer.gate.rotation.__dict__, ("angle_norm", "angle_bound", "rotation_rank", "rotation_sharing")),
+    ]
+    return [(owner, name, owner.get(name)) for owner, names in owners for name in names]
+
+
+def hooks_of(layer: MoELinear) -> list[dict[int, Any]]:
+    """Return where hooks on what the quick path leaves out would be."""
+    left_out = (layer.gate, layer.gate.scorer)
+    return [hooks for module in left_out for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
 
 def kind_of(layer: MoELinear) -> Kind | None:
@@ -51,7 +57,7 @@ def kind_of(layer: MoELinear) -> Kind | None:
         return None
     if type(bank) is not ExpertBank or bank.in_blocks or bank.num_experts == 1 or type(layer.combine) is not Combine:
         return None
-    if "forward" in gate.__dict__ or gate._forward_hooks or gate._forward_pre_hooks or gate.scorer._forward_hooks:
+    if "forward" in gate.__dict__ or any(hooks_of(layer)):
         return None
     rotation_rank, norm, bound = 0, "none", None
     if type(rotation) is RadarRotation:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from radargate_pl.decode_buffers import MASKED_RANKS, Buffers
+from radargate_pl.decode_buffers import MASKED_RANKS, Buffers, Layout, buffers_for
 from radargate_pl.decode_kinds import Kind
 from radargate_pl.experts import ExpertBank
 from radargate_pl.gates import StretchGate
@@ -29,6 +29,20 @@ if TYPE_CHECKING:
 
 MOST_KEPT = 64  # kept outputs of all tokens together; above, one GEMM over all experts is cheaper
 COLLAPSED_SHARE = 0.8  # of the weights read through the latents, from which S = x W_sum is preferred
+
+
+class Step(NamedTuple):
+    """What a number of tokens needs: buffers that plans share, and results, which wait for members yet to be called.
+
+    Attributes:
+        buffers: see `Buffers`.
+        mixed: the updates of all members, (M * T, 1, D).
+        updates: the same, (T, out) each.
+    """
+
+    buffers: Buffers
+    mixed: Tensor
+    updates: list[Tensor]
 
 
 class DecodeMixture:
@@ -45,8 +59,8 @@ class DecodeMixture:
     def __init__(self, layers: Sequence[MoELinear], kind: Kind) -> None:
         self.kind = kind
         self.dtype = gate_dtype(kind.dtype)
-        self.banks = [layer.bank for layer in layers]
-        self.widths = [bank.out_features for bank in self.banks]
+        banks = [layer.bank for layer in layers]
+        self.widths = [bank.out_features for bank in banks]
         self.width = max(self.widths) + max(self.widths) % 2
         ranks, members = kind.experts * kind.rank, len(layers)
         is_narrow, read = kind.dtype != self.dtype, sum(kind.in_features + width for width in self.widths)
@@ -54,32 +68,37 @@ class DecodeMixture:
         is_collapsed = kind.in_features * sum(self.widths) <= COLLAPSED_SHARE * ranks * read
         self.gathers_A = is_large and (is_collapsed or not kind.rotation_rank)
         self.collapses = self.gathers_A and kind.rotation_rank > 0
-        lora_A = [bank.lora_A.expand(kind.experts, -1, -1).flatten(0, 1) for bank in self.banks]
+        # A shared A is a single one. The banks' own tensors: only what is fused is copied.
+        self.lora_A = [layer.bank.lora_A.detach().expand(kind.experts, -1, -1) for layer in layers]
+        lora_A = [part.flatten(0, 1) for part in self.lora_A]
         fused = [layer.gate.scorer.weight for layer in layers]
         # Banks in a narrower dtype have latents of that dtype: a product of their own.
         self.narrow_A = torch.cat(lora_A) if is_narrow else None
         if self.collapses:
-            fused += [_total_map(bank, self.dtype) for bank in self.banks]
+            fused += [_total_map(bank, self.dtype) for bank in banks]
         elif not is_narrow and not self.gathers_A:
             fused += lora_A
         self.fused = torch.cat([part.detach().to(self.dtype) for part in fused]).T
-        scaled = [_padded(bank._scaled_B(self.dtype).mT, self.width) for bank in self.banks]
+        scaled = [_padded(bank._scaled_B(self.dtype).mT, self.width) for bank in banks]
         self.lora_B = torch.cat(scaled)  # (M * E, r, D)
+        self.stacked_B = self.lora_B.view(members, ranks, self.width)
+        self.member_B = [part[:, :width] for part, width in zip(self.stacked_B, self.widths, strict=True)]
         self.temperature = _per_member([_factor(layer.gate, "temperature") for layer in layers], self.fused)
         self.output_scale = _per_member([_factor(layer.gate, "output_scale") for layer in layers], self.fused)
         self.first_row = torch.arange(members, device=kind.device).view(-1, 1, 1) * kind.experts
         if kind.rotation_rank:
             self._store_rotation([layer.gate.rotation for layer in layers])
-        self._buffers: dict[int, Buffers] = {}
+        self._steps: dict[int, Step | None] = {}
 
     def _store_rotation(self, rotations: Sequence[RadarRotation]) -> None:
         is_normed = self.kind.angle_norm == "rms"
         widths = self.fused.new_tensor(self.widths).view(-1, 1, 1)
         # |v|^2 / D + eps = (|v|^2 + D eps) / D: the D of both norms goes into Q.
-        self.floor = (widths * RMS_EPS).sqrt() if is_normed else None
+        self.flat_floor = (widths * RMS_EPS).sqrt().unsqueeze(-1)
+        self.floor = self.flat_floor.unsqueeze(-1) if is_normed else None
         P = [F.pad(rotation.P.detach(), (0, 0, 0, self.width - rotation.P.shape[0])) for rotation in rotations]
         Q = [_padded(rotation.Q.detach(), self.width // 2) for rotation in rotations]
-        self.P = torch.stack(P)  # (M, D, r_a)
+        self.P = torch.stack([part.mT for part in P]).contiguous().mT  # (M, D, r_a), quicker column by column
         # Each angle twice, for cos a = sin(a + pi / 2) and sin a side by side: one sine gives the complex turns.
         self.Q = (torch.stack(Q) * (widths if is_normed else 1)).repeat_interleave(2, dim=-1)  # (M, r_a, D)
         self.quarter = self.Q.new_tensor([math.pi / 2, 0.0]).repeat(self.width // 2)
@@ -87,27 +106,36 @@ class DecodeMixture:
     def updates(self, x: Tensor) -> list[Tensor] | None:
         """Compute ``sum_i g_i R_i v_i`` of every member: x (T, in) to (T, out) each.
 
-        The results are views of buffers that the next call writes to. ``None`` where the general path is cheaper.
+        The results are overwritten by the next call. ``None`` where the general path is cheaper.
         """
         tokens = x.shape[0]
-        buffers = self._buffers.get(tokens)
-        if buffers is None:
-            kept = tokens * self.kind.kept
-            if kept > MOST_KEPT or (self.gathers_A and kept > self.kind.experts):
-                return None
-            with torch.inference_mode(False), torch.no_grad():
-                buffers = self._buffers[tokens] = Buffers(self, tokens)
+        if tokens not in self._steps:
+            self._steps[tokens] = self._new_step(tokens)
+        step = self._steps[tokens]
+        if step is None:
+            return None
+        buffers, mixed, updates = step
         torch.mm(x if self.narrow_A is None else x.to(self.dtype), self.fused, out=buffers.fused)
         if self.narrow_A is not None:
             buffers.narrow.copy_(F.linear(x, self.narrow_A))
         weights = self._weights(buffers)
         if not self.kind.rotation_rank:
-            self._sum(x, weights, buffers)
-            return buffers.updates
+            self._sum(x, weights, buffers, mixed)
+            return updates
         self._lift(x, buffers)
         self._turn(buffers)
-        torch.bmm(weights.reshape(-1, 1, self.kind.kept), buffers.turned, out=buffers.mixed)
-        return buffers.updates
+        torch.bmm(weights.reshape(-1, 1, self.kind.kept), buffers.turned, out=mixed)
+        return updates
+
+    def _new_step(self, tokens: int) -> Step | None:
+        kept = tokens * self.kind.kept
+        if kept > MOST_KEPT or (self.gathers_A and kept > self.kind.experts):
+            return None
+        with torch.inference_mode(False):
+            buffers = buffers_for(Layout(self.kind, tuple(self.widths), tokens, self.gathers_A))
+            mixed = self.fused.new_empty(len(self.widths) * tokens, 1, self.width)
+            by_member = mixed.view(-1, tokens, self.width)
+            return Step(buffers, mixed, [m[:, :width] for m, width in zip(by_member, self.widths, strict=True)])
 
     def _weights(self, buffers: Buffers) -> Tensor:
         """Weights of the kept experts, (M, T, K), and which these are into the buffers."""
@@ -126,19 +154,19 @@ class DecodeMixture:
                 torch.add(buffers.kept, self.first_row, out=buffers.rows)
         return weights if self.output_scale is None else weights * self.output_scale
 
-    def _sum(self, x: Tensor, weights: Tensor, buffers: Buffers) -> None:
+    def _sum(self, x: Tensor, weights: Tensor, buffers: Buffers, mixed: Tensor) -> None:
         """Without rotation: one product with all of B, or with the kept experts' B."""
         if not buffers.is_masked:
             packed = self._kept_latents(x, buffers) * weights.unsqueeze(-1)
             lora_B = self.lora_B.index_select(0, buffers.flat_rows)
             kept_ranks = self.kind.kept * self.kind.rank
             packed, lora_B = packed.view(-1, 1, kept_ranks), lora_B.view(-1, kept_ranks, self.width)
-            torch.bmm(packed, lora_B, out=buffers.mixed)
+            torch.bmm(packed, lora_B, out=mixed)
             return
         if self.kind.kept < self.kind.experts:
             weights = buffers.spread.zero_().scatter_(-1, buffers.kept, weights)
         torch.mul(buffers.latents, weights.unsqueeze(-1), out=buffers.packed)
-        torch.bmm(buffers.flat_packed, buffers.lora_B, out=buffers.lifted)
+        torch.bmm(buffers.flat_packed, self.stacked_B, out=mixed.view(len(self.widths), -1, self.width))
 
     def _lift(self, x: Tensor, buffers: Buffers) -> None:
         """Outputs v of the kept experts, and all others' sum S - v beside them."""
@@ -147,14 +175,13 @@ class DecodeMixture:
                 torch.eq(buffers.every, buffers.kept_column, out=buffers.mask_of_kept)
                 torch.ne(buffers.every, buffers.kept_column, out=buffers.mask_of_others)
             torch.mul(buffers.latents_row, buffers.mask_column, out=buffers.packed)
-            torch.bmm(buffers.flat_packed, buffers.lora_B, out=buffers.lifted)
+            torch.bmm(buffers.flat_packed, self.stacked_B, out=buffers.lifted)
             return
-        latents = self._kept_latents(x, buffers)
-        lora_B = self.lora_B.index_select(0, buffers.flat_rows)
-        torch.bmm(latents.view(-1, 1, self.kind.rank), lora_B, out=buffers.flat_v)
+        kept_latents = self._kept_latents(x, buffers).view(-1, 1, self.kind.rank)
+        torch.bmm(kept_latents, self.lora_B.index_select(0, buffers.flat_rows), out=buffers.flat_v)
         if not self.collapses:
-            for all_latents, all_B, total in buffers.total_parts:
-                torch.mm(all_latents, all_B, out=total)
+            for latents, lora_B, total in zip(buffers.all_latents, self.member_B, buffers.totals, strict=True):
+                torch.mm(latents, lora_B, out=total)
         for total, v, others in buffers.other_parts:
             torch.sub(total, v, out=others)
 
@@ -163,11 +190,9 @@ class DecodeMixture:
         if not self.gathers_A:
             return torch.gather(buffers.latents, 2, buffers.kept_latents, out=buffers.h)
         column = x.unsqueeze(-1)
-        for bank, kept, h in zip(self.banks, buffers.kept.unbind(0), buffers.h_columns, strict=True):
-            index = kept.reshape(-1)
-            # A shared A is a single one.
-            lora_A = bank.lora_A.expand(self.kind.experts, -1, -1).index_select(0, index)
-            torch.bmm(lora_A.view(x.shape[0], -1, self.kind.in_features), column, out=h)
+        for lora_A, kept, h in zip(self.lora_A, buffers.kept_experts, buffers.h_columns, strict=True):
+            gathered = lora_A.index_select(0, kept.reshape(-1))
+            torch.bmm(gathered.view(x.shape[0], -1, self.kind.in_features), column, out=h)
         return buffers.h
 
     def _turn(self, buffers: Buffers) -> None:
@@ -176,7 +201,7 @@ class DecodeMixture:
         torch.bmm(buffers.flat_product, self.P, out=buffers.z)
         if self.floor is not None:
             torch.linalg.vector_norm(buffers.pair, dim=-1, keepdim=True, out=buffers.norms)
-            torch.hypot(buffers.norms, buffers.floor, out=buffers.norms)
+            torch.hypot(buffers.norms, self.floor if buffers.is_masked else self.flat_floor, out=buffers.norms)
             buffers.rows_of_z.div_(buffers.norm_v).div_(buffers.norm_others)
         if self.kind.angle_bound is None:
             torch.baddbmm(self.quarter, buffers.z, self.Q, out=buffers.turns)

@@ -84,7 +84,7 @@ class MoELinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute base layer plus mixture: (..., in) to (..., out), the base layer's dtype."""
         y = self.base_layer(x)
-        update = None if torch.is_grad_enabled() else self.shared_input.update(self, x)
+        update = self.shared_input.update(self, x)
         if update is not None:
             return y + update.to(y.dtype)
         active = self.gate.active(self.bank, self.context)

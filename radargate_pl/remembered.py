@@ -63,7 +63,11 @@ class Snapshot:
 
     def is_current(self) -> bool:
         """Whether nothing was written, replaced or moved since."""
-        return all(children.get(name) is child for children, name, child in self._children) and all(
-            parameters.get(name) is parameter and parameter._version == version and parameter.data_ptr() == pointer
-            for parameters, name, parameter, version, pointer in self._parameters
-        )
+        for children, name, child in self._children:
+            if children.get(name) is not child:
+                return False
+        for parameters, name, parameter, version, pointer in self._parameters:
+            unwritten = parameter._version == version and parameter.data_ptr() == pointer
+            if not unwritten or parameters.get(name) is not parameter:
+                return False
+        return True

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from radargate_pl.decode_kinds import Kind, dials, kind_of
+from radargate_pl.decode_kinds import Kind, hooks_of, kind_of, settings_of
 from radargate_pl.decode_mixture import DecodeMixture
 from radargate_pl.remembered import Snapshot
 
@@ -44,17 +44,20 @@ class Together:
     def __init__(self, layers: Sequence[MoELinear], kind: Kind) -> None:
         self.layers = tuple(layers)
         self._snapshot = Snapshot([part for layer in layers for part in (layer.bank, layer.gate)])
-        self._parts = [(layer, layer.bank, layer.gate, dials(layer)) for layer in layers]
+        self._settings = [setting for layer in layers for setting in settings_of(layer)]
+        self._hooks = [hooks for layer in layers for hooks in hooks_of(layer)]
         # Lightning validates in inference mode: a plan made there would not notice later changes.
         with torch.inference_mode(False), torch.no_grad():
-            self.plan = DecodeMixture(layers, kind)
+            self.plan: DecodeMixture | None = DecodeMixture(layers, kind)
 
     def is_current(self) -> bool:
-        """Whether all parameters and settings are those the plan was made from."""
-        return self._snapshot.is_current() and all(
-            layer._modules["bank"] is bank and layer._modules["gate"] is gate and dials(layer) == before
-            for layer, bank, gate, before in self._parts
-        )
+        """Whether there is a plan, and all parameters and settings are those it was made from."""
+        if self.plan is None:
+            return False
+        for owner, name, value in self._settings:
+            if owner.get(name) is not value:
+                return False
+        return self._snapshot.is_current() and not any(self._hooks)
 
 
 class SharedInput:
@@ -75,11 +78,13 @@ class SharedInput:
         """Drop everything that was made from parameters, and what was seen."""
         self._groups: dict[MoELinear, Together] = {}
         self._readings: list[Reading] = []
+        # Updates computed for an input that their layers have not asked for yet.
         self._ready: dict[MoELinear, Tensor] = {}
         self._x: Tensor | None = None
         self._version: int | None = None
-        self._content: Tensor | None = None
+        self._content: Tensor | None = None  # instead of a version in inference mode, where writes are not counted
         self._mistakes = 0
+        self._has_plans = False
         self._thread: int | None = None
 
     def update(self, layer: MoELinear, x: Tensor) -> Tensor | None:
@@ -89,38 +94,53 @@ class SharedInput:
             layer: the layer that was called.
             x: its input, (..., in).
         """
+        if torch.is_grad_enabled():
+            self._drop_plans()
+            return None
         if self._thread not in (None, threading.get_ident()):
             return None
         if not _is_decoding(layer, x):
-            self._ready.clear()
+            self._drop_results()
             return None
-        if self._x is x and layer in self._ready and self._is_unchanged(x):
-            return self._take(layer, x)
-        if self._ready:  # somebody did not ask for what was computed with the others
-            self._separate()
+        if self._ready:
+            if self._x is not x or not self._is_unchanged(x):
+                self._separate()  # somebody did not ask for what was computed with the others
+            elif layer in self._ready:
+                return self._take(layer, x)
         group = self._group_of(layer, x)
-        if group is None or x.dtype != group.plan.kind.dtype:
+        if group is None or group.plan is None or x.dtype != group.plan.kind.dtype:
             return None
         updates = group.plan.updates(x.reshape(-1, x.shape[-1]))
         if updates is None:
             return None
-        self._ready = dict(zip(group.layers, updates, strict=True))
-        if len(updates) > 1:
+        self._ready.update(zip(group.layers, updates, strict=True))
+        if len(self._ready) > 1 and self._x is not x:
             self._x, self._version = x, _version(x)
             self._content = x.clone() if self._version is None else None
         return self._take(layer, x)
 
+    def _drop_plans(self) -> None:
+        """With gradients an optimiser may step next, and a fused one leaves no trace in the versions."""
+        if self._has_plans:
+            for group in self._groups.values():
+                group.plan = None
+            self._has_plans = False
+            self._drop_results()
+
+    def _drop_results(self) -> None:
+        self._ready, self._x, self._content = {}, None, None
+
     def _take(self, layer: MoELinear, x: Tensor) -> Tensor:
         update = self._ready.pop(layer)
         if not self._ready:
-            self._x = self._content = None
+            self._drop_results()
         return update.view(*x.shape[:-1], -1)
 
     def _is_unchanged(self, x: Tensor) -> bool:
         return torch.equal(x, self._content) if self._content is not None else _version(x) == self._version
 
     def _separate(self) -> None:
-        self._ready = {}
+        self._drop_results()
         self._mistakes += 1
         self._groups, self._readings = {}, []
 
@@ -152,7 +172,7 @@ class SharedInput:
             if kind is not None:
                 alike.setdefault(kind, []).append(reader)
         for kind, layers in alike.items():
-            group = Together(layers, kind)
+            group, self._has_plans = Together(layers, kind), True
             self._groups.update(dict.fromkeys(layers, group))
 
 
@@ -162,7 +182,6 @@ def _is_decoding(layer: MoELinear, x: Tensor) -> bool:
         and layer.recorder is None
         and getattr(layer, "mixture", "auto") != "plain"
         and type(x) is Tensor
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
     )
