@@ -46,17 +46,19 @@ def settings_of(layer: MoELinear) -> list[tuple[dict[str, Any], str, object]]:
 
 def hooks_of(layer: MoELinear) -> list[dict[int, Any]]:
     """Return where hooks on what the quick path leaves out would be."""
-    left_out = (layer.gate, layer.gate.scorer)
+    left_out = (layer.gate, *layer.gate.children())
     return [hooks for module in left_out for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
 
 def kind_of(layer: MoELinear) -> Kind | None:
     """Return what is known of a layer, or ``None`` where only the general path can compute it."""
     gate, bank, rotation = layer.gate, layer.bank, layer.gate.rotation
-    if type(gate) not in (StretchGate, RadarGate) or type(gate.scorer) is not InputScorer:
+    if not isinstance(gate, StretchGate) or type(gate) not in (StretchGate, RadarGate):
+        return None
+    if type(gate.scorer) is not InputScorer:
         return None
     if type(bank) is not ExpertBank or bank.in_blocks or bank.num_experts == 1 or type(layer.combine) is not Combine:
-        return None
+        return None  # a single expert is PEFT's LoRA, bit for bit
     if "forward" in gate.__dict__ or any(hooks_of(layer)):
         return None
     rotation_rank, norm, bound = 0, "none", None

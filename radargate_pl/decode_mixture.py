@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ class DecodeMixture:
         # A shared A is a single one. The banks' own tensors: only what is fused is copied.
         self.lora_A = [layer.bank.lora_A.detach().expand(kind.experts, -1, -1) for layer in layers]
         lora_A = [part.flatten(0, 1) for part in self.lora_A]
-        fused = [layer.gate.scorer.weight for layer in layers]
+        gates = [cast(StretchGate, layer.gate) for layer in layers]
+        fused: list[Tensor] = [gate.scorer.weight for gate in gates]
         # Banks in a narrower dtype have latents of that dtype: a product of their own.
         self.narrow_A = torch.cat(lora_A) if is_narrow else None
         if self.collapses:
@@ -83,11 +84,11 @@ class DecodeMixture:
         self.lora_B = torch.cat(scaled)  # (M * E, r, D)
         self.stacked_B = self.lora_B.view(members, ranks, self.width)
         self.member_B = [part[:, :width] for part, width in zip(self.stacked_B, self.widths, strict=True)]
-        self.temperature = _per_member([_factor(layer.gate, "temperature") for layer in layers], self.fused)
-        self.output_scale = _per_member([_factor(layer.gate, "output_scale") for layer in layers], self.fused)
+        self.temperature = _per_member([_factor(gate, "temperature") for gate in gates], self.fused)
+        self.output_scale = _per_member([_factor(gate, "output_scale") for gate in gates], self.fused)
         self.first_row = torch.arange(members, device=kind.device).view(-1, 1, 1) * kind.experts
         if kind.rotation_rank:
-            self._store_rotation([layer.gate.rotation for layer in layers])
+            self._store_rotation([cast(RadarRotation, gate.rotation) for gate in gates])
         self._steps: dict[int, Step | None] = {}
 
     def _store_rotation(self, rotations: Sequence[RadarRotation]) -> None:
@@ -116,7 +117,7 @@ class DecodeMixture:
             return None
         buffers, mixed, updates = step
         torch.mm(x if self.narrow_A is None else x.to(self.dtype), self.fused, out=buffers.fused)
-        if self.narrow_A is not None:
+        if self.narrow_A is not None and buffers.narrow is not None:
             buffers.narrow.copy_(F.linear(x, self.narrow_A))
         weights = self._weights(buffers)
         if not self.kind.rotation_rank:

@@ -43,6 +43,7 @@ class Together:
 
     def __init__(self, layers: Sequence[MoELinear], kind: Kind) -> None:
         self.layers = tuple(layers)
+        self.uses = 0
         self._snapshot = Snapshot([part for layer in layers for part in (layer.bank, layer.gate)])
         self._settings = [setting for layer in layers for setting in settings_of(layer)]
         self._hooks = [hooks for layer in layers for hooks in hooks_of(layer)]
@@ -84,6 +85,7 @@ class SharedInput:
         self._version: int | None = None
         self._content: Tensor | None = None  # instead of a version in inference mode, where writes are not counted
         self._mistakes = 0
+        self._wasted = 0  # plans in a row of one use each: weights that are written, or gathered, at every step
         self._has_plans = False
         self._thread: int | None = None
 
@@ -113,6 +115,7 @@ class SharedInput:
         updates = group.plan.updates(x.reshape(-1, x.shape[-1]))
         if updates is None:
             return None
+        group.uses += 1
         self._ready.update(zip(group.layers, updates, strict=True))
         if len(self._ready) > 1 and self._x is not x:
             self._x, self._version = x, _version(x)
@@ -148,10 +151,11 @@ class SharedInput:
         group = self._groups.get(layer)
         if group is not None and group.is_current():
             return group
-        if kind_of(layer) is None:
+        if kind_of(layer) is None or self._wasted > MOST_MISTAKES:
             return None
         self._thread = threading.get_ident()
         if group is not None:  # parameters changed, readers did not
+            self._wasted = self._wasted + 1 if group.plan is not None and group.uses == 1 else 0
             self._make_groups(group.layers)
             return self._groups.get(layer)
         if self._mistakes >= MOST_MISTAKES:

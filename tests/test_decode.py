@@ -360,6 +360,19 @@ def test_moves_between_dtypes_are_followed(dtype: torch.dtype, calls: list[int])
     assert all(layer.shared_input._x is None for layer in layers_of(model))
 
 
+def test_weights_that_change_at_every_step_are_not_fused_at_every_step(calls: list[int]) -> None:
+    model, x = warmed(model_of()), tokens(1)
+    with torch.no_grad():
+        for _ in range(12):
+            layers_of(model)[1].gate.scorer.weight.mul_(1.1)
+            y = model(x)
+        shared_input = model.attention.q.shared_input
+        shared_input.forget()
+        for name, expected in model(x).items():
+            torch.testing.assert_close(y[name], expected, rtol=1e-5, atol=1e-5)
+    assert 0 < len(calls) < 8
+
+
 def test_a_recorder_gets_what_it_always_gets(calls: list[int]) -> None:
     model, x = warmed(model_of()), tokens(2)
     with record_gates(model) as expected:
