@@ -46,7 +46,7 @@ def settings_of(layer: MoELinear) -> list[tuple[dict[str, Any], str, object]]:
 
 def hooks_of(layer: MoELinear) -> list[dict[int, Any]]:
     """Return where hooks on what the quick path leaves out would be."""
-    left_out = (layer.gate, *layer.gate.children())
+    left_out = [part for part in (layer.gate, layer.gate._modules.get("scorer")) if part is not None]
     return [hooks for module in left_out for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
 

@@ -190,10 +190,13 @@ class DecodeMixture:
         """Latents of the kept experts, (M, T, K, r)."""
         if not self.gathers_A:
             return torch.gather(buffers.latents, 2, buffers.kept_latents, out=buffers.h)
-        column = x.unsqueeze(-1)
+        tokens, columns = len(x), x.unsqueeze(-1)
         for lora_A, kept, h in zip(self.lora_A, buffers.kept_experts, buffers.h_columns, strict=True):
-            gathered = lora_A.index_select(0, kept.reshape(-1))
-            torch.bmm(gathered.view(x.shape[0], -1, self.kind.in_features), column, out=h)
+            gathered = lora_A.index_select(0, kept.reshape(-1)).view(tokens, -1, self.kind.in_features)
+            if tokens == 1:
+                torch.bmm(gathered, columns, out=h)
+            else:  # a batch of products with one column takes three times as long
+                torch.bmm(columns.mT, gathered.mT, out=h.mT)
         return buffers.h
 
     def _turn(self, buffers: Buffers) -> None:

@@ -12,12 +12,13 @@ from radargate_pl.combines import COMBINES, Combine
 from radargate_pl.experts import ExpertBank
 from radargate_pl.gates import Context, Gate, Routing, Site
 from radargate_pl.mixture import mix
+from radargate_pl.remembered import CountsChanges
 from radargate_pl.shared_inputs import SharedInput
 
 GateFactory = Callable[[Site], Gate]
 
 
-class MoELinear(nn.Module):
+class MoELinear(CountsChanges):
     """A frozen linear layer plus its gated experts: ``y = base_layer(x) + mix(...)``.
 
     It shows the base layer's ``weight``, ``bias``, ``in_features`` and ``out_features``, since backbones read them (T5

@@ -44,8 +44,8 @@ class Together:
     def __init__(self, layers: Sequence[MoELinear], kind: Kind) -> None:
         self.layers = tuple(layers)
         self.uses = 0
-        self._snapshot = Snapshot([part for layer in layers for part in (layer.bank, layer.gate)])
-        self._settings = [setting for layer in layers for setting in settings_of(layer)]
+        parts = [part for layer in layers for part in (layer.bank, layer.gate)]
+        self._snapshot = Snapshot(parts, [setting for layer in layers for setting in settings_of(layer)])
         self._hooks = [hooks for layer in layers for hooks in hooks_of(layer)]
         # Lightning validates in inference mode: a plan made there would not notice later changes.
         with torch.inference_mode(False), torch.no_grad():
@@ -53,12 +53,7 @@ class Together:
 
     def is_current(self) -> bool:
         """Whether there is a plan, and all parameters and settings are those it was made from."""
-        if self.plan is None:
-            return False
-        for owner, name, value in self._settings:
-            if owner.get(name) is not value:
-                return False
-        return self._snapshot.is_current() and not any(self._hooks)
+        return self.plan is not None and self._snapshot.is_current() and not any(self._hooks)
 
 
 class SharedInput:
