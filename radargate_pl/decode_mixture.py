@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from radargate_pl.decode_buffers import MASKED_RANKS, Buffers, Layout, buffers_for
+from radargate_pl.decode_buffers import FEW_PASSES, MASKED_RANKS, Buffers, Layout, buffers_for
 from radargate_pl.decode_kinds import Kind
 from radargate_pl.experts import ExpertBank
 from radargate_pl.gates import StretchGate
@@ -37,12 +37,16 @@ class Step(NamedTuple):
     Attributes:
         buffers: see `Buffers`.
         mixed: the updates of all members, (M * T, 1, D).
-        updates: the same, (T, out) each.
+        updates: the same, (..., out) each.
+        flat: shape of the input, (T, in).
+        rows: shape of the weights, (M * T, 1, K).
     """
 
     buffers: Buffers
     mixed: Tensor
-    updates: list[Tensor]
+    updates: tuple[Tensor, ...]
+    flat: tuple[int, int]
+    rows: tuple[int, int, int]
 
 
 class DecodeMixture:
@@ -89,7 +93,7 @@ class DecodeMixture:
         self.first_row = torch.arange(members, device=kind.device).view(-1, 1, 1) * kind.experts
         if kind.rotation_rank:
             self._store_rotation([cast(RadarRotation, gate.rotation) for gate in gates])
-        self._steps: dict[int, Step | None] = {}
+        self._steps: dict[torch.Size, Step | None] = {}
 
     def _store_rotation(self, rotations: Sequence[RadarRotation]) -> None:
         is_normed = self.kind.angle_norm == "rms"
@@ -104,39 +108,42 @@ class DecodeMixture:
         self.Q = (torch.stack(Q) * (widths if is_normed else 1)).repeat_interleave(2, dim=-1)  # (M, r_a, D)
         self.quarter = self.Q.new_tensor([math.pi / 2, 0.0]).repeat(self.width // 2)
 
-    def updates(self, x: Tensor) -> list[Tensor] | None:
-        """Compute ``sum_i g_i R_i v_i`` of every member: x (T, in) to (T, out) each.
+    def updates(self, x: Tensor) -> Sequence[Tensor] | None:
+        """Compute ``sum_i g_i R_i v_i`` of every member: x (..., in) to (..., out) each.
 
         The results are overwritten by the next call. ``None`` where the general path is cheaper.
         """
-        tokens = x.shape[0]
-        if tokens not in self._steps:
-            self._steps[tokens] = self._new_step(tokens)
-        step = self._steps[tokens]
+        shape = x.shape
+        if shape not in self._steps:
+            self._steps[shape] = self._new_step(shape)
+        step = self._steps[shape]
         if step is None:
             return None
-        buffers, mixed, updates = step
+        buffers, mixed = step.buffers, step.mixed
+        x = x.reshape(step.flat)
         torch.mm(x if self.narrow_A is None else x.to(self.dtype), self.fused, out=buffers.fused)
         if self.narrow_A is not None and buffers.narrow is not None:
             buffers.narrow.copy_(F.linear(x, self.narrow_A))
         weights = self._weights(buffers)
         if not self.kind.rotation_rank:
             self._sum(x, weights, buffers, mixed)
-            return updates
+            return step.updates
         self._lift(x, buffers)
         self._turn(buffers)
-        torch.bmm(weights.reshape(-1, 1, self.kind.kept), buffers.turned, out=mixed)
-        return updates
+        torch.bmm(weights.view(step.rows), buffers.turned, out=mixed)
+        return step.updates
 
-    def _new_step(self, tokens: int) -> Step | None:
+    def _new_step(self, shape: torch.Size) -> Step | None:
+        tokens, width = shape.numel() // shape[-1], self.width
         kept = tokens * self.kind.kept
         if kept > MOST_KEPT or (self.gathers_A and kept > self.kind.experts):
             return None
         with torch.inference_mode(False):
             buffers = buffers_for(Layout(self.kind, tuple(self.widths), tokens, self.gathers_A))
-            mixed = self.fused.new_empty(len(self.widths) * tokens, 1, self.width)
-            by_member = mixed.view(-1, tokens, self.width)
-            return Step(buffers, mixed, [m[:, :width] for m, width in zip(by_member, self.widths, strict=True)])
+            mixed = self.fused.new_empty(len(self.widths) * tokens, 1, width)
+            by_member = mixed.view(-1, *shape[:-1], width)
+            updates = tuple(part[..., :out] for part, out in zip(by_member, self.widths, strict=True))
+        return Step(buffers, mixed, updates, (tokens, shape[-1]), (len(self.widths) * tokens, 1, self.kind.kept))
 
     def _weights(self, buffers: Buffers) -> Tensor:
         """Weights of the kept experts, (M, T, K), and which these are into the buffers."""
@@ -146,11 +153,14 @@ class DecodeMixture:
         if self.kind.kept == self.kind.experts:
             weights = logits.softmax(-1)
         else:
-            torch.sort(logits, dim=-1, descending=True, stable=True, out=buffers.sorted)
-            if self.kind.renormalizes:
-                weights = buffers.best.softmax(-1)
-            else:
-                weights = logits.softmax(-1).gather(-1, buffers.kept)
+            shares = None if self.kind.renormalizes else logits.softmax(-1)
+            if self.kind.kept > FEW_PASSES:
+                torch.sort(logits, dim=-1, descending=True, stable=True, out=buffers.sorted)
+            for best, kept, column in buffers.passes:  # of equal ones the maximum is the first
+                torch.max(logits, -1, out=(best, kept))
+                if column is not None:
+                    logits.scatter_(-1, column, -math.inf)
+            weights = buffers.best.softmax(-1) if shares is None else shares.gather(-1, buffers.kept)
             if not buffers.is_masked:
                 torch.add(buffers.kept, self.first_row, out=buffers.rows)
         return weights if self.output_scale is None else weights * self.output_scale
@@ -192,7 +202,7 @@ class DecodeMixture:
             return torch.gather(buffers.latents, 2, buffers.kept_latents, out=buffers.h)
         tokens, columns = len(x), x.unsqueeze(-1)
         for lora_A, kept, h in zip(self.lora_A, buffers.kept_experts, buffers.h_columns, strict=True):
-            gathered = lora_A.index_select(0, kept.reshape(-1)).view(tokens, -1, self.kind.in_features)
+            gathered = lora_A.index_select(0, kept.reshape(-1)).view(tokens, -1, x.shape[1])
             if tokens == 1:
                 torch.bmm(gathered, columns, out=h)
             else:  # a batch of products with one column takes three times as long

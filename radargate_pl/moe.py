@@ -87,7 +87,7 @@ class MoELinear(CountsChanges):
         y = self.base_layer(x)
         update = self.shared_input.update(self, x)
         if update is not None:
-            return y + update.to(y.dtype)
+            return y + (update if update.dtype == y.dtype else update.to(y.dtype))
         active = self.gate.active(self.bank, self.context)
         if active == ():
             return y

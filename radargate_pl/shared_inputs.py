@@ -94,28 +94,29 @@ class SharedInput:
         if torch.is_grad_enabled():
             self._drop_plans()
             return None
-        if self._thread not in (None, threading.get_ident()):
+        if self._thread is not None and self._thread != threading.get_ident():
             return None
-        if not _is_decoding(layer, x):
+        if layer.recorder is not None or not _is_decoding(layer, x):
             self._drop_results()
             return None
         if self._ready:
             if self._x is not x or not self._is_unchanged(x):
                 self._separate()  # somebody did not ask for what was computed with the others
             elif layer in self._ready:
-                return self._take(layer, x)
+                return self._take(layer)
         group = self._group_of(layer, x)
         if group is None or group.plan is None or x.dtype != group.plan.kind.dtype:
             return None
-        updates = group.plan.updates(x.reshape(-1, x.shape[-1]))
+        updates = group.plan.updates(x)
         if updates is None:
             return None
         group.uses += 1
-        self._ready.update(zip(group.layers, updates, strict=True))
-        if len(self._ready) > 1 and self._x is not x:
+        for member, update in zip(group.layers, updates, strict=True):
+            self._ready[member] = update
+        if self._x is not x:
             self._x, self._version = x, _version(x)
             self._content = x.clone() if self._version is None else None
-        return self._take(layer, x)
+        return self._take(layer)
 
     def _drop_plans(self) -> None:
         """With gradients an optimiser may step next, and a fused one leaves no trace in the versions."""
@@ -128,11 +129,11 @@ class SharedInput:
     def _drop_results(self) -> None:
         self._ready, self._x, self._content = {}, None, None
 
-    def _take(self, layer: MoELinear, x: Tensor) -> Tensor:
+    def _take(self, layer: MoELinear) -> Tensor:
         update = self._ready.pop(layer)
         if not self._ready:
-            self._drop_results()
-        return update.view(*x.shape[:-1], -1)
+            self._x = self._content = None
+        return update
 
     def _is_unchanged(self, x: Tensor) -> bool:
         return torch.equal(x, self._content) if self._content is not None else _version(x) == self._version
@@ -178,9 +179,8 @@ class SharedInput:
 def _is_decoding(layer: MoELinear, x: Tensor) -> bool:
     return (
         0 < x.numel() <= FEW_TOKENS * x.shape[-1]
-        and layer.recorder is None
-        and getattr(layer, "mixture", "auto") != "plain"
         and type(x) is Tensor
+        and getattr(layer, "mixture", "auto") != "plain"
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
     )

@@ -116,6 +116,7 @@ def assert_equal_paths(model: Model, x: Tensor, tolerance: float = 2e-6) -> None
 GATES = {
     "radar": RadarGate,
     "radar-1": partial(RadarGate, top_k=1),
+    "radar-3": partial(RadarGate, top_k=3, renormalize="never"),
     "radar-n": partial(RadarGate, top_k=5),
     "radar-raw": partial(RadarGate, angle_norm="none"),
     "radar-bounded": partial(RadarGate, angle_bound=0.5, rotation_rank=3),
@@ -153,7 +154,7 @@ def test_outputs_are_those_of_the_general_path(gate: str, way: str, calls: list[
     plan = model.attention.q.shared_input._groups[model.attention.q].plan
     is_kept_whole = gate.endswith("-n") and way == "masked"
     assert plan.collapses == (way == "collapsed" and gate.startswith("radar"))
-    assert plan._steps[1].buffers.is_masked == (way == "masked" or is_kept_whole)
+    assert plan._steps[tokens(1).shape].buffers.is_masked == (way == "masked" or is_kept_whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
