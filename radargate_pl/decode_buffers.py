@@ -12,7 +12,6 @@ from torch import Tensor
 from radargate_pl.decode_kinds import Kind
 from radargate_pl.ops import gate_dtype
 
-FEW_PASSES = 2  # up to so many kept experts, passes for the maximum are cheaper than a sort
 MASKED_RANKS = 128  # up to so many ranks of all experts, masked latents times all of B beat gathering B
 
 
@@ -80,15 +79,8 @@ class Buffers:
 
     def _make_selection(self) -> None:
         kind, shape = self._layout.kind, (self._members, self._layout.tokens, self._layout.kind.experts)
-        made = shape if kind.kept > FEW_PASSES else (*shape[:2], kind.kept)
-        self.sorted = (self._empty(*made), self._empty(*made, dtype=torch.int64))
+        self.sorted = (self._empty(*shape), self._empty(*shape, dtype=torch.int64))
         self.best, self.kept = (part[..., : kind.kept] for part in self.sorted)
-        # The maximum, then that of the rest, and so on: into which columns, and what to leave out after it.
-        last = kind.kept - 1
-        self.passes = [
-            (self.best[..., place], self.kept[..., place], None if place == last else self.kept[..., place : place + 1])
-            for place in range(kind.kept if kind.kept <= FEW_PASSES else 0)
-        ]
         self.kept_experts = self.kept.unbind(0)
         self.rows = self._empty(*self.kept.shape, dtype=torch.int64)
         self.flat_rows = self.rows.view(-1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from radargate_pl.decode_buffers import FEW_PASSES, MASKED_RANKS, Buffers, Layout, buffers_for
+from radargate_pl.decode_buffers import MASKED_RANKS, Buffers, Layout, buffers_for
 from radargate_pl.decode_kinds import Kind
 from radargate_pl.experts import ExpertBank
 from radargate_pl.gates import StretchGate
@@ -136,7 +136,9 @@ class DecodeMixture:
     def _new_step(self, shape: torch.Size) -> Step | None:
         tokens, width = shape.numel() // shape[-1], self.width
         kept = tokens * self.kind.kept
-        if kept > MOST_KEPT or (self.gathers_A and kept > self.kind.experts):
+        # Nothing here gets wider than the weights: masked latents have 2 T K rows of all ranks.
+        is_wide = 2 * kept > max(shape[-1], width)
+        if kept > MOST_KEPT or is_wide or (self.gathers_A and kept > self.kind.experts):
             return None
         with torch.inference_mode(False):
             buffers = buffers_for(Layout(self.kind, tuple(self.widths), tokens, self.gathers_A))
@@ -154,12 +156,7 @@ class DecodeMixture:
             weights = logits.softmax(-1)
         else:
             shares = None if self.kind.renormalizes else logits.softmax(-1)
-            if self.kind.kept > FEW_PASSES:
-                torch.sort(logits, dim=-1, descending=True, stable=True, out=buffers.sorted)
-            for best, kept, column in buffers.passes:  # of equal ones the maximum is the first
-                torch.max(logits, -1, out=(best, kept))
-                if column is not None:
-                    logits.scatter_(-1, column, -math.inf)
+            torch.sort(logits, dim=-1, descending=True, stable=True, out=buffers.sorted)
             weights = buffers.best.softmax(-1) if shares is None else shares.gather(-1, buffers.kept)
             if not buffers.is_masked:
                 torch.add(buffers.kept, self.first_row, out=buffers.rows)

@@ -18,7 +18,7 @@ from radargate_pl.gates import Context, RadarGate, RotationGate, StretchGate
 from radargate_pl.moe import MoELinear, attach
 from radargate_pl.records import record_gates
 
-IN, WIDTHS = 24, {"q": 18, "k": 9, "v": 7}  # odd widths: the last coordinate has no partner
+IN, WIDTHS = 70, {"q": 18, "k": 9, "v": 7}  # odd widths: the last coordinate has no partner
 FEW = [1, 2, 8, 16]
 
 
@@ -319,7 +319,7 @@ CHANGES: dict[str, Callable[[Model], object]] = {
     "AdamW": partial(by_optimizer, kind=partial(torch.optim.AdamW, lr=0.3)),
     "foreach": partial(by_optimizer, kind=partial(torch.optim.AdamW, lr=0.3, foreach=True)),
     "fused": partial(by_optimizer, kind=partial(torch.optim.AdamW, lr=0.3, fused=True)),
-    "SGD": partial(by_optimizer, kind=partial(torch.optim.SGD, lr=0.3)),
+    "SGD": partial(by_optimizer, kind=partial(torch.optim.SGD, lr=0.01)),
     "experts": by_experts,
     "load": partial(by_state, assign=False),
     "assign": partial(by_state, assign=True),
