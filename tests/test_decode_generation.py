@@ -57,8 +57,8 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 CASES = [("llama", partial(RadarGate, top_k=2)), ("llama", StretchGate), ("t5", partial(RadarGate, top_k=1))]
 OPTIONS = {
     "greedy": {},
-    "beams": {"num_beams": 3},
-    "choices": {"num_beams": 4, "num_return_sequences": 2},
+    "beams": {"num_beams": 2},
+    "choices": {"num_beams": 2, "num_return_sequences": 2},
     "no cache": {"use_cache": False},
 }
 
