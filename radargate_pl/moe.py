@@ -13,11 +13,13 @@ from radargate_pl.experts import ExpertBank
 from radargate_pl.fast_mixture import Mixture, check_mixture, project_for_record, reads_input
 from radargate_pl.gates import Context, Gate, Routing, Site
 from radargate_pl.mixture import mix
+from radargate_pl.remembered import CountsChanges
+from radargate_pl.shared_inputs import SharedInput
 
 GateFactory = Callable[[Site], Gate]
 
 
-class MoELinear(nn.Module):
+class MoELinear(CountsChanges):
     """A frozen linear layer plus its gated experts: ``y = base_layer(x) + mix(...)``.
 
     It shows the base layer's ``weight``, ``bias``, ``in_features`` and ``out_features``, since backbones read them (T5
@@ -52,6 +54,7 @@ class MoELinear(nn.Module):
         self.dropout = dropout
         self.mixture = mixture
         self.recorder: Callable[[MoELinear, Tensor, Tensor, Routing], None] | None = None
+        self.shared_input = SharedInput()
 
     @property
     def weight(self) -> Tensor:
@@ -79,9 +82,16 @@ class MoELinear(nn.Module):
         self.base_layer.eval()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.shared_input.forget()
+        return super()._apply(fn, recurse)
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute base layer plus mixture: (..., in) to (..., out), the base layer's dtype."""
         y = self.base_layer(x)
+        update = self.shared_input.update(self, x)
+        if update is not None:
+            return y + (update if update.dtype == y.dtype else update.to(y.dtype))
         active = self.gate.active(self.bank, self.context)
         if active == ():
             return y
@@ -144,8 +154,10 @@ def attach(
         suited = COMBINES[combine].suited(layer_gate)
         layer = MoELinear(base_layer, bank, layer_gate, context, suited, dropout, mixture)
         layers[path] = layer.to(base_layer.weight.device)
+    siblings: dict[str, SharedInput] = {}
     for path, layer in layers.items():
         model.set_submodule(path, layer)
+        layer.shared_input = siblings.setdefault(path.rpartition(".")[0], layer.shared_input)
     return layers
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Self
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from radargate_pl.remembered import CountsChanges
 
 
-class Float32Module(nn.Module):
+class Float32Module(CountsChanges):
     """A module that refuses casts to a narrower float dtype; moves between devices go through.
 
     Lightning casts the whole model under ``bf16-true``, and does so after it has restored a checkpoint: gates cast and

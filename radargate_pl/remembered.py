@@ -1,9 +1,10 @@
 """A value computed from weights, kept until any of them changes (layer 0)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Remembered:
@@ -40,3 +41,55 @@ class Remembered:
     def forget(self) -> None:
         """Drop the value; for changes that leave no trace in a version, such as `nn.Module.to`."""
         self._weights, self._value = [], None
+
+
+class Changes:
+    """Counts assignments to attributes of modules that inherit from `CountsChanges`."""
+
+    count = 0
+
+
+class CountsChanges(nn.Module):
+    """A module whose assignments are counted, of parameters, submodules and plain settings alike.
+
+    What was computed from many settings asks the one count before it looks at each of them again.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        Changes.count += 1
+
+
+class Snapshot:
+    """Tells whether parameters and settings of modules are still those they were, unwritten and in their place.
+
+    Args:
+        modules: the modules, each one that `CountsChanges`; what lies below them belongs to them.
+        settings: where each setting is kept, its name, its value.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], settings: Sequence[tuple[dict[str, Any], str, object]]) -> None:
+        below = [module for root in modules for module in root.modules()]
+        children = [(module._modules, name, child) for module in below for name, child in module._modules.items()]
+        self._places = [*children, *settings]
+        self._count = Changes.count
+        self._parameters = [
+            (module._parameters, name, parameter, parameter._version, parameter.data_ptr())
+            for module in below
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        # As long as the memory is held, nothing new can lie at the same address.
+        self._held = [parameter.detach() for _, _, parameter, _, _ in self._parameters]
+
+    def is_current(self) -> bool:
+        """Whether nothing was written, replaced or moved since."""
+        if self._count != Changes.count:
+            if any(owner.get(name) is not value for owner, name, value in self._places):
+                return False
+            self._count = Changes.count
+        for parameters, name, parameter, version, pointer in self._parameters:
+            unwritten = parameter._version == version and parameter.data_ptr() == pointer
+            if not unwritten or parameters.get(name) is not parameter:
+                return False
+        return True

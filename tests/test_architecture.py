@@ -18,7 +18,10 @@ LAYERS = {
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
         *("gates", "prototypes", "fast_rotation", "rank_rotation", "rotation_function", "rotations"),
     },
-    2: {"combines", "expert_sources", "fast_mixture", "kept_grams", "mixture", "moe", "prompt_gates", "records"},
+    2: {
+        *("combines", "expert_sources", "fast_mixture", "kept_grams", "mixture", "moe", "prompt_gates", "records"),
+        *("decode_buffers", "decode_kinds", "decode_mixture", "shared_inputs"),
+    },
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),
         *("backbones", "smollm2", "debug_backbone", "hub", "folders", "fingerprints", "quantization"),
