@@ -105,12 +105,13 @@ class CompiledLayers:
         from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx
 
-        self.graphs += 1
         # The backward pass now, not at its first run: there a failure could no longer be caught. torch before 2.8 has
         # no such setting and does so by itself where sizes are symbols.
         name = "force_non_lazy_backward_lowering"
         with config.patch({name: True} if hasattr(config, name) else {}):
-            made: Any = compile_fx(graph, inputs)
+            # torch 2.13 writes over a gradient that is still to be read: that of RadarGate's input came out wrong.
+            made: Any = compile_fx(graph, inputs, config_patches={"inplace_buffers": False})
+        self.graphs += 1  # only now: the tracer may stop here and begin again
         return cast("Callable[..., Any]", made)
 
     def _give_up(self, error: Exception) -> None:

@@ -180,7 +180,7 @@ def _is_decoding(layer: MoELinear, x: Tensor) -> bool:
     return (
         0 < x.numel() <= FEW_TOKENS * x.shape[-1]
         and type(x) is Tensor
-        and getattr(layer, "mixture", "auto") != "plain"
+        and layer.mixture != "plain"
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
     )
