@@ -93,7 +93,7 @@ class TaskGate(Gate):
         local = torch.full_like(expert, -1)
         for index, library_id in enumerate(bank.ids):
             local = torch.where(expert == library_id, index, local)
-        repeats, rest = divmod(x.shape[0], local.shape[0])
+        repeats, rest = x.shape[0] // local.shape[0], x.shape[0] % local.shape[0]  # divmod of sizes does not compile
         if rest or not repeats:
             raise ValueError(
                 f"TaskGate at {self.site.path}: expected the rows of the input to be a multiple of the "
