@@ -119,7 +119,7 @@ class Tests:
         words += [f"--data.init_args.{name}={yaml_word(value)}" for name, value in portion.settings().items()]
         words += [f"--data.init_args.root={self.data}", "--trainer.enable_progress_bar=false", *self.more]
         words += [f"--trainer.default_root_dir={run}"]
-        print("radargate", *words[1:], flush=True)
+        print(" ".join(["radargate", *words[1:]]) + "\n", end="", flush=True)  # one write: lines of two do not mix
         try:
             python(words, log=run.with_name(f"{run.name}.log"), threads=1)
         except CalledProcessError:
