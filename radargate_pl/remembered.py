@@ -18,6 +18,10 @@ class Remembered:
         self._weights: list[tuple[Tensor, int]] = []
         self._value: Tensor | None = None
 
+    def __reduce__(self) -> tuple[type["Remembered"], tuple[()]]:
+        """Copy and pickle as a fresh one: copied weights count their versions anew, and an old value could fit them."""
+        return Remembered, ()
+
     def get(self, weights: Sequence[Tensor], build: Callable[[], Tensor]) -> Tensor:
         """Return what ``build`` made of these weights, built again only if one of them changed since.
 
