@@ -18,6 +18,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
+import mixture_switch  # noqa: F401
 import pytest
 import torch
 
@@ -43,14 +44,6 @@ def closed_sockets() -> Iterator[None]:
     socket.socket.connect, socket.getaddrinfo = local_connect, local_resolve
     yield
     socket.socket.connect, socket.getaddrinfo = connect, resolve
-
-
-@pytest.fixture(autouse=True)
-def wanted_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """RADARGATE_TEST_MIXTURE=plain runs every test on the plain operations that `fast_mixture` is tested against."""
-    if os.environ.get("RADARGATE_TEST_MIXTURE") == "plain":
-        monkeypatch.setattr("radargate_pl.mixture.is_fast", lambda *_: False)
-        monkeypatch.setattr("radargate_pl.moe.reads_input", lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mixture_switch  # noqa: F401
 import torch
 import torch.multiprocessing
 

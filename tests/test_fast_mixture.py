@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from builders import IN, assert_near, bank_of, batch, experts_of, gated_llama, layer_of, randomise, recorded, site_of
+from mixture_switch import IS_PLAIN
 from reference import Expert, expert_outputs
 from reference_rotations import dense_rotated_layer
 from test_memory_bound import TensorCounter, saved_tensors
@@ -25,9 +25,7 @@ from radargate_pl.mixture import mix
 from radargate_pl.moe import MoELinear, attach, moe_layers
 from radargate_pl.rotations import NoRotation, RadarRotation
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("RADARGATE_TEST_MIXTURE") == "plain", reason="this run is on plain operations"
-)
+pytestmark = pytest.mark.skipif(IS_PLAIN, reason="this run is on plain operations")
 
 FEW, MANY = 4, 14  # with top_k 2 and a rotation: from latents, and from the input
 GATES = [

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mixture_switch  # noqa: F401
 import torch
 from lightning.pytorch import Callback, Trainer
 from tiny_runs import adapters, trainer
