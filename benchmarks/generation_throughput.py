@@ -4,7 +4,8 @@
 
 Twice, without experts and with RadarGate over several, both take turns batch by batch: the frozen backbone alone with
 transformers' own stop strings, then the whole test step with judging, the summary of the gates and the answers written
-to disk. DATA holds the benchmark's file. Random experts answer with other texts, so tokens a second are compared.
+to disk. DATA holds the benchmark's file. Random experts are too quiet to change an answer, so that both write the same
+tokens in the same steps; experts of `--experts` answer with other texts, and tokens a second are compared.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from radargate_pl.data import BenchmarkData
 from radargate_pl.gates import RadarGate
 from radargate_pl.module import AdaptedLM
 from radargate_pl.networks import GatedNetwork, NewExperts
+
+QUIET = 1e-6  # standard deviation of B
 
 
 class PlainGenerate(Callback):
@@ -80,13 +83,13 @@ def _length(row: list[int], pad: int) -> int:
 
 @torch.no_grad()
 def random_experts(folder: str, backbone: str, count: int) -> str:
-    """Experts of rank 8 on q_proj and v_proj that turn an update of random size; returns their folder."""
+    """Experts of rank 8 on q_proj and v_proj with tiny random updates; returns their folder."""
     torch.manual_seed(0)
     new = NewExperts(per="mixture", count=count)
     network = GatedNetwork({"any": None}, backbone=backbone, dtype="float32", new_experts=new, train="experts")
     for layer in network.layers.values():
         for name in layer.bank.names:
-            layer.bank.expert_weights(name)[1].normal_(std=0.02)
+            layer.bank.expert_weights(name)[1].normal_(std=QUIET)
     network.save_experts(folder)
     return folder
 

@@ -93,7 +93,8 @@ class PromptGates:
 def record_prompts(model: nn.Module, tokens: Mapping[str, Tensor], rows: Tensor) -> Iterator[PromptGates]:
     """Sum up what the gates do in the first forward of each layer inside the block.
 
-    Of a generation that is the prompt, since every further token is a forward of its own.
+    Of a generation that is the prompt, since every further token is a forward of its own; nothing looks at those, and
+    they go the quick way of decoding.
 
     Args:
         model: a model with mixture layers.
@@ -104,13 +105,11 @@ def record_prompts(model: nn.Module, tokens: Mapping[str, Tensor], rows: Tensor)
     Yields:
         The sums, filled by the forward.
     """
-    found, seen = PromptGates(), set[int]()
+    found = PromptGates()
 
     @torch.no_grad()
     def record(layer: MoELinear, x: Tensor, h: Tensor, routing: Routing) -> None:
-        if id(layer) in seen:
-            return
-        seen.add(id(layer))
+        layer.recorder = None
         weights, indices, _ = routing
         chosen = Routing(weights[rows], None if indices is None else indices[rows], None)
         mask = tokens.get(layer.gate.site.stream)

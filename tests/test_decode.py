@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from radargate_pl import decode_buffers, decode_mixture
 from radargate_pl.gates import Context, RadarGate, RotationGate, StretchGate
 from radargate_pl.moe import MoELinear, attach
+from radargate_pl.prompt_gates import record_prompts
 from radargate_pl.records import record_gates
 
 IN, WIDTHS = 70, {"q": 18, "k": 9, "v": 7}  # odd widths: the last coordinate has no partner
@@ -349,6 +350,19 @@ def test_nothing_made_from_parameters_outlives_a_change(change: str, mode: Any, 
     assert any(not torch.allclose(before[name], expected[name], rtol=1e-3, atol=1e-3) for name in before)
     for name, y in after.items():
         torch.testing.assert_close(y.clone(), expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_generation_whose_prompts_are_recorded_goes_the_quick_way_behind_them(calls: list[int]) -> None:
+    model, prompt = warmed(model_of()), tokens(6).transpose(0, 1)
+    with torch.no_grad(), record_prompts(model, {"decoder": torch.ones(1, 6)}, torch.tensor([0])) as gates:
+        model(prompt)
+        assert calls == []
+        counted = gates.summaries(1)
+        model(tokens(1))
+        assert_equal_paths(model, tokens(1, seed=2))
+    assert set(calls) == {3}
+    assert gates.summaries(1) == counted
+    assert counted[0]["rms_angle_rad"] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
