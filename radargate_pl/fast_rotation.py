@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from radargate_pl.ops import RMS_EPS
+from radargate_pl.rotation_function import complex_planes, skinny, turn_planes
 
 
 class Gradients(NamedTuple):
@@ -36,7 +37,7 @@ class Turn:
         self.v, self.P, self.Q = v, P, Q
         self.others = total - v
         self.product = v * self.others
-        self.raw = _skinny(self.product, P)
+        self.raw = skinny(self.product, P)
         self.inverse = (_inverse_rms(v), _inverse_rms(self.others)) if is_normed else None
         self.z = self.raw if self.inverse is None else self.raw * (self.inverse[0] * self.inverse[1])
         self.planes = Q.shape[1]
@@ -44,7 +45,7 @@ class Turn:
     def rotated(self) -> Tensor:
         """``v`` turned by its angles."""
         angles = self.z @ self.Q
-        return _turned(self.v, torch.complex(angles.cos(), angles.sin()))
+        return turn_planes(self.v, torch.complex(angles.cos(), angles.sin()))
 
     def add_gradients(self, grad: Tensor, weight: Tensor, slot: int, sums: Gradients) -> Tensor:
         """Return the gradient of ``v`` for that of the mixture, and add the other ones up; uses itself up.
@@ -55,13 +56,13 @@ class Turn:
         """
         v, others = self.v, self.others
         angles = -self.z @ self.Q
-        back = _turned(grad, torch.complex(angles.cos(), angles.sin()))  # R^T G
+        back = turn_planes(grad, torch.complex(angles.cos(), angles.sin()))  # R^T G
         # Plane by plane: dL/da = v[2m] back[2m+1] - v[2m+1] back[2m].
-        products = _planes(v, self.planes).conj() * _planes(back, self.planes)
+        products = complex_planes(v, self.planes).conj() * complex_planes(back, self.planes)
         of_angles = products.imag.contiguous()
         unpaired = (v[:, 2 * self.planes :] * back[:, 2 * self.planes :]).sum(-1)
         sums.weights[:, slot] = products.real.sum(-1) + unpaired  # <v, back>
-        of_z = _skinny(of_angles, self.Q.mT) * weight
+        of_z = skinny(of_angles, self.Q.mT) * weight
         sums.Q.addmm_((self.z * weight).mT, of_angles)
         if self.inverse is None:
             of_raw, alpha_beta = of_z, None
@@ -82,19 +83,3 @@ class Turn:
 
 def _inverse_rms(v: Tensor) -> Tensor:
     return torch.rsqrt(torch.linalg.vector_norm(v, dim=-1, keepdim=True).square() / v.shape[-1] + RMS_EPS)
-
-
-def _skinny(wide: Tensor, narrow: Tensor) -> Tensor:
-    """``wide @ narrow`` with few columns; written from the other side it takes a third of the time."""
-    return (narrow.mT @ wide.mT).mT
-
-
-def _planes(v: Tensor, planes: int) -> Tensor:
-    """Neighbouring pairs as complex numbers, (T, planes): a view, but for an odd width."""
-    return torch.view_as_complex(v[:, : 2 * planes].contiguous().unflatten(-1, (planes, 2)))
-
-
-def _turned(v: Tensor, turn: Tensor) -> Tensor:
-    """``v`` turned by unit complex numbers, one per plane; the last coordinate of an odd width stays."""
-    turned = torch.view_as_real(_planes(v, turn.shape[-1]) * turn).flatten(-2)
-    return turned if turned.shape == v.shape else torch.cat((turned, v[:, turned.shape[-1] :]), dim=-1)

@@ -43,7 +43,7 @@ class RadarRotationFunction(torch.autograd.Function):
         tokens = math.prod(shape[:-1])
         v, total = v.reshape(tokens, shape[-1]), total.reshape(tokens, shape[-1])
         others = total - v
-        raw = _skinny(v * others, P) if Q is not None else (v * others) @ P
+        raw = skinny(v * others, P) if Q is not None else (v * others) @ P
         if columns is not None:
             columns = columns.reshape(tokens, -1)
             raw = raw * columns
@@ -58,7 +58,7 @@ class RadarRotationFunction(torch.autograd.Function):
         ctx.save_for_backward(v, others, P, Q, columns, slope, raw, z, turn, *inverse)
         angles = angles.view(*shape[:-1], turn.shape[1])
         ctx.mark_non_differentiable(angles)
-        return _turned(v, turn).view(shape), angles
+        return turn_planes(v, turn).view(shape), angles
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -72,13 +72,13 @@ class RadarRotationFunction(torch.autograd.Function):
             raise RuntimeError("The rotation of RadarGate and RotationGate cannot be differentiated twice.")
         v, others, P, Q, columns, slope, raw, z, turn, *inverse = ctx.saved_tensors
         shape = grad.shape
-        grad_v = _turned(grad.reshape(v.shape), turn.conj())
+        grad_v = turn_planes(grad.reshape(v.shape), turn.conj())
         # With G turned back to G', plane by plane: dL/da = v[2m] G'[2m+1] - v[2m+1] G'[2m].
         planes = turn.shape[-1]
-        grad_angles = (_planes(v, planes).conj() * _planes(grad_v, planes)).imag.contiguous()
+        grad_angles = (complex_planes(v, planes).conj() * complex_planes(grad_v, planes)).imag.contiguous()
         if slope is not None:
             grad_angles *= slope
-        grad_z, grad_Q = (grad_angles, None) if Q is None else (_skinny(grad_angles, Q.mT), z.mT @ grad_angles)
+        grad_z, grad_Q = (grad_angles, None) if Q is None else (skinny(grad_angles, Q.mT), z.mT @ grad_angles)
         if columns is not None:
             grad_z = grad_z * columns
         grad_raw = grad_z * (inverse[0] * inverse[1]) if inverse else grad_z
@@ -101,17 +101,20 @@ def _inverse_rms(v: Tensor) -> Tensor:
     return torch.rsqrt(mean_square + RMS_EPS)
 
 
-def _skinny(wide: Tensor, narrow: Tensor) -> Tensor:
+def skinny(wide: Tensor, narrow: Tensor) -> Tensor:
     """``wide @ narrow`` with few columns; written from the other side it takes a third of the time."""
     return (narrow.mT @ wide.mT).mT
 
 
-def _planes(v: Tensor, planes: int) -> Tensor:
+def complex_planes(v: Tensor, planes: int) -> Tensor:
     """Neighbouring pairs as complex numbers, (tokens, planes): a view, but for an odd width."""
     return torch.view_as_complex(v[:, : 2 * planes].contiguous().unflatten(-1, (planes, 2)))
 
 
-def _turned(v: Tensor, turn: Tensor) -> Tensor:
-    """``v`` turned by unit complex numbers, one per plane: one vectorised pass, unlike strided real arithmetic."""
-    turned = torch.view_as_real(_planes(v, turn.shape[-1]) * turn).flatten(-2)
+def turn_planes(v: Tensor, turn: Tensor) -> Tensor:
+    """``v`` turned by unit complex numbers, one per plane: one vectorised pass, unlike strided real arithmetic.
+
+    The last coordinate of an odd width stays.
+    """
+    turned = torch.view_as_real(complex_planes(v, turn.shape[-1]) * turn).flatten(-2)
     return turned if turned.shape == v.shape else torch.cat((turned, v[:, turned.shape[-1] :]), dim=-1)
