@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from radargate_pl.benchmarks import Benchmark, Protocol
-from radargate_pl.scoring import Measure, Row, chance_level, majority_level, measure
+from radargate_pl.scoring import Measure, Row, levels, measure
 
 FORMAT_VERSION = 2
 
@@ -19,9 +19,9 @@ def scores_of(benchmark: Benchmark, protocol: Protocol, rows: Sequence[Mapping[s
         rows: lines of ``predictions.jsonl``, at least one.
 
     Returns:
-        ``score`` and ``metrics`` with their 95 % intervals, ``n``, ``majority`` and ``chance``, what the score is for
-        the most frequent position of the right choice and for a choice by lot (``None`` for open questions), and
-        ``truncated`` (prompts that lost their middle).
+        ``score`` and ``metrics`` with their 95 % intervals (``None`` where the examples tell none), ``n``, ``majority``
+        and ``chance``, what the score is for the most frequent position of the right choice and for a choice by lot
+        (``None`` for open questions), and ``truncated`` (prompts that lost their middle).
     """
     labels = [str(label) for label in benchmark.labels]
     metrics = {
@@ -31,7 +31,7 @@ def scores_of(benchmark: Benchmark, protocol: Protocol, rows: Sequence[Mapping[s
         by_bytes = [_scored(row, row["choices"][row["chosen_bytes"]] == row["answer"]) for row in rows]
         metrics["accuracy_bytes"] = measure("accuracy", by_bytes)
     first = benchmark.metrics[0]
-    majority, chance = _levels(first, rows)
+    majority, chance = levels(first, [(row.get("choices") or (), row["answer"]) for row in rows])
     return {
         "score": {"name": first, **_numbers(metrics[first])},
         "metrics": {name: {**_numbers(found), "n": found.n} for name, found in metrics.items()},
@@ -43,22 +43,12 @@ def scores_of(benchmark: Benchmark, protocol: Protocol, rows: Sequence[Mapping[s
     }
 
 
-def _levels(score: str, rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
-    """What whoever always takes the most frequent choice gets, and whoever draws lots."""
-    if not all(row.get("choices") for row in rows):
-        return None, None
-    if score == "matthews":
-        return 0.0, 0.0  # no correlation with anything, in both cases
-    positions = [str(row["choices"].index(row["answer"])) for row in rows]
-    # Equal choices are right together.
-    return majority_level(positions), chance_level([len(r["choices"]) / r["choices"].count(r["answer"]) for r in rows])
-
-
 def _scored(row: Mapping[str, Any], is_correct: bool) -> Row:
-    return Row(is_correct, row["extracted"], row["answer"], row["output"], row.get("value"))
+    others = tuple(answer for answer in row.get("targets", ()) if answer != row["answer"])
+    return Row(is_correct, row["extracted"], row["answer"], row["output"], row.get("value"), others)
 
 
-def _numbers(found: Measure) -> dict[str, float]:
+def _numbers(found: Measure) -> dict[str, float | None]:
     return {"value": found.value, "low": found.low, "high": found.high}
 
 
@@ -103,7 +93,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [("task", "n", "score", "", "95 % interval", "chance", "majority", "protocol", "seconds")]
     for task, found in results.items():
         score, levels = found["score"], [found["chance"], found["majority"]]
-        interval = f"{_shown(score['low'], score)} - {_shown(score['high'], score)}"
+        interval = " - ".join(dict.fromkeys(_shown(score[end], score) for end in ("low", "high")))
         named = (score["name"], _shown(score["value"], score), interval)
         rows.append(
             (

@@ -10,7 +10,7 @@ import pytest
 import sacrebleu
 import torch
 
-from radargate_pl.scoring import Measure, Row, chance_level, majority_level, measure
+from radargate_pl.scoring import Measure, Row, chance_level, levels, majority_level, measure
 from radargate_pl.scoring import translations as translations_module
 from radargate_pl.scoring.classification import f1, matthews
 from radargate_pl.scoring.intervals import bootstrap, wilson
@@ -96,6 +96,14 @@ def test_levels():
     assert chance_level([4, 4, 2, 5]) == pytest.approx((0.25 + 0.25 + 0.5 + 0.2) / 4)
 
 
+def test_levels_count_positions():
+    """Option texts differ from question to question; the most frequent text says nothing."""
+    questions = [(["x", "y"], "y"), (["p", "q"], "q"), (["r", "s", "r"], "r")]
+    assert levels("accuracy", questions) == (pytest.approx(2 / 3), pytest.approx((1 / 2 + 1 / 2 + 2 / 3) / 3))
+    assert levels("matthews", questions) == (0.0, 0.0)
+    assert levels("accuracy", [*questions, ((), "7")]) == (None, None)
+
+
 # ---- Matthews and F1 ----
 
 
@@ -168,8 +176,21 @@ def test_the_interval_of_bleu_is_as_wide_as_sacrebleus_own():
 
 def test_perfect_and_empty_translations():
     assert measure("bleu", translations(ANSWERS, ANSWERS)).value == pytest.approx(100)
-    assert measure("chrf", translations(ANSWERS, ANSWERS)) == Measure(100.0, 100.0, 100.0, 7)
-    assert measure("bleu", translations([""] * 7, ANSWERS)) == Measure(0.0, 0.0, 0.0, 7)
+    assert measure("chrf", translations(ANSWERS, ANSWERS)) == Measure(100.0, None, None, 7)
+    assert measure("bleu", translations([""] * 7, ANSWERS)) == Measure(0.0, None, None, 7)
+
+
+def test_corpus_scores_take_the_best_of_all_accepted_translations():
+    """As sacrebleu does where all sentences have the same number of them; a sentence with one of its own is no worse."""
+    others = [f"{answer} Oder anders." for answer in ANSWERS]
+    rows = [Row(True, o, a, o, 50.0, (b,)) for o, a, b in zip(OUTPUTS, ANSWERS, others, strict=True)]
+    stripped = [output.strip() for output in OUTPUTS]
+    assert measure("bleu", rows).value == sacrebleu.corpus_bleu(stripped, [ANSWERS, others]).score
+    assert measure("chrf", rows).value == sacrebleu.corpus_chrf(stripped, [ANSWERS, others]).score
+    accepted = [("ein ganz anderer Satz hier", "das ist der Hund von nebenan"), ("noch ein Satz steht hier",)]
+    rows = [Row(True, a[-1], a[0], a[-1], 100.0, a[1:]) for a in accepted]
+    assert measure("bleu", rows).value == pytest.approx(100)
+    assert measure("chrf", rows).value == pytest.approx(100)
 
 
 def test_rouge_is_the_mean_of_the_values():
@@ -180,8 +201,10 @@ def test_rouge_is_the_mean_of_the_values():
     assert measure("rouge_l", [Row(True, "7", "7 eggs", "7", None)]).value == pytest.approx(2 / 3)
 
 
-def test_one_example_has_an_interval_too():
-    assert measure("rouge_l", [Row(True, "x", "x", "x", 0.5)]) == Measure(0.5, 0.5, 0.5, 1)
+def test_no_interval_where_no_draw_differs_from_another():
+    """One example, or a model that always says the same: [x, x] would look like certainty."""
+    assert measure("rouge_l", [Row(True, "x", "x", "x", 0.5)]) == Measure(0.5, None, None, 1)
+    assert measure("matthews", choices("aabb" * 50, "aaaa" * 50)) == Measure(0.0, None, None, 200)
     assert measure("accuracy", choices("a", "a")).low == pytest.approx(0.2065, abs=1e-4)
 
 

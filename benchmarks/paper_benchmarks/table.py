@@ -96,12 +96,14 @@ def _means(results: Results, asked: Sequence[Portion]) -> str:
         for found in results.values():
             scores = [found[task]["score"] for task in tasks]
             mean = sum(score["value"] for score in scores) / len(scores)
-            half = math.sqrt(sum(((score["high"] - score["low"]) / 2) ** 2 for score in scores)) / len(scores)
-            cells.append(f"{_shown(mean, next(iter(names)))} +- {_shown(half, next(iter(names)))}")
+            ends = [_interval(score) for score in scores]
+            half = math.sqrt(sum(((end[1] - end[0]) / 2) ** 2 for end in ends if end)) / len(scores)
+            apart = f" +- {_shown(half, next(iter(names)))}" if all(ends) else ""
+            cells.append(_shown(mean, next(iter(names))) + apart)
         rows.append([group, str(len(tasks)), ", ".join(names), *cells])
     return (
         "## Group means\n\nOver the tasks that every model has answered; +- from the tasks' intervals, taken as "
-        "independent.\n\n" + _markdown(rows)
+        "independent; none where a task has no interval.\n\n" + _markdown(rows)
     )
 
 
@@ -111,16 +113,19 @@ def _differences(results: Results) -> str:
     for first, second in combinations(results, 2):
         tasks = [task for task in results[first] if task in results[second]]
         better: dict[str, list[str]] = {first: [], second: []}
+        missing = False
         for task in tasks:
-            one, other = results[first][task]["score"], results[second][task]["score"]
-            if one["low"] > other["high"]:
+            one, other = (_interval(results[model][task]["score"]) for model in (first, second))
+            missing |= not (one and other)
+            if one and other and one[0] > other[1]:
                 better[first].append(task)
-            elif other["low"] > one["high"]:
+            elif one and other and other[0] > one[1]:
                 better[second].append(task)
         told = "; ".join(f"{name} is higher in {', '.join(found)}" for name, found in better.items() if found)
         apart = sum(map(len, better.values()))
+        overlap = "overlap, or one has none," if missing else "overlap"
         lines.append(
-            f"* {first} and {second}: the intervals overlap in {len(tasks) - apart} of {len(tasks)} tasks, "
+            f"* {first} and {second}: the intervals {overlap} in {len(tasks) - apart} of {len(tasks)} tasks, "
             f"of which nothing is claimed{'. ' + told if told else ''}."
         )
     return "\n".join(lines) + "\n"
@@ -162,8 +167,15 @@ def _about(found: Mapping[str, Any]) -> str:
 def _cell(found: Mapping[str, Any] | None) -> str:
     if not found:
         return "-"
-    name, value, low, high = (found["score"][key] for key in ("name", "value", "low", "high"))
-    return f"{_shown(value, name)} [{_shown(low, name)}, {_shown(high, name)}]"
+    name, ends = found["score"]["name"], _interval(found["score"])
+    shown = f" [{_shown(ends[0], name)}, {_shown(ends[1], name)}]" if ends else ""
+    return _shown(found["score"]["value"], name) + shown
+
+
+def _interval(score: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval, if the examples tell one; formerly, its ends were the same where they do not."""
+    low, high = score["low"], score["high"]
+    return None if low is None or low == high else (low, high)
 
 
 def _shown(value: float | None, score: str) -> str:

@@ -1,7 +1,7 @@
 """Scoring: finding the answer in what a model wrote, judging it, and scoring a task with an interval."""
 
 from radargate_pl.scoring.answer_formats import AnswerFormat, Judgement, Reference, judge
-from radargate_pl.scoring.task_score import Measure, Row, chance_level, majority_level, measure
+from radargate_pl.scoring.task_score import Measure, Row, chance_level, levels, majority_level, measure
 from radargate_pl.scoring.translations import CHRF_THRESHOLD
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Row",
     "chance_level",
     "judge",
+    "levels",
     "majority_level",
     "measure",
 ]

@@ -34,7 +34,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, min(share, (centre - half) / scale)), min(1.0, max(share, (centre + half) / scale))
 
 
-def bootstrap(statistics: Sequence[Sequence[float]], score: Callable[[Any], float]) -> tuple[float, float]:
+def bootstrap(statistics: Sequence[Sequence[float]], score: Callable[[Any], float]) -> tuple[float, float] | tuple[None, None]:
     """The percentile bootstrap of a score that depends on sums over examples.
 
     Each of ``DRAWS`` times, n examples are drawn with replacement and scored; the interval holds the middle 95 %. The
@@ -45,7 +45,8 @@ def bootstrap(statistics: Sequence[Sequence[float]], score: Callable[[Any], floa
         score: the score of such sums, (k,) float64.
 
     Returns:
-        The 2.5 % and the 97.5 % percentile.
+        The 2.5 % and the 97.5 % percentile; ``None`` twice where all draws score alike. That is no certainty: one
+        example, or a model that always says the same, shows nothing of how far the score can move.
     """
     import numpy
 
@@ -56,5 +57,7 @@ def bootstrap(statistics: Sequence[Sequence[float]], score: Callable[[Any], floa
     for _ in range(DRAWS):
         times = numpy.bincount(generator.integers(n, size=n), minlength=n)
         scores.append(score(times @ table))
+    if min(scores) == max(scores):
+        return None, None
     low, high = numpy.percentile(scores, [2.5, 97.5])
     return float(low), float(high)

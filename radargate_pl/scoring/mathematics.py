@@ -75,7 +75,8 @@ def normalised(latex: str) -> str:
     r"""One spelling for what LaTeX can write in several ways, in the manner of the MATH paper's own comparison.
 
     Spacing, ``\left`` and ``\right``, dollar, degree and per cent signs, units at the end and a variable's name in
-    front ("x = 5") go; ``\dfrac12``, ``1/2`` and ``\frac{1}{2}`` become one, as do ``\sqrt2`` and ``\sqrt{2}``.
+    front ("x = 5") go; ``\dfrac12``, ``1/2`` and ``\frac{1}{2}`` become one, as do ``\sqrt2`` and ``\sqrt{2}``. Blanks
+    between digits stay, unless they set off thousands.
 
     Args:
         latex: a formula.
@@ -87,7 +88,8 @@ def normalised(latex: str) -> str:
         '\\frac{1}{2}'
     """
     text = plain(latex).strip().rstrip(".").strip()
-    text = re.sub(r"\\[!,;:]|\\ |\\q?quad\b|~", " ", text.replace("{,}", ","))
+    text = re.sub(r"(?<=\d)\\,(?=\d{3}(?!\d))", "", text.replace("{,}", ",").replace("\\!", ""))  # thousands
+    text = re.sub(r"\\[,;:]|\\ |\\q?quad\b|~", " ", text)
     text = re.sub(r"\\(?:left|right|displaystyle|[bB]ig[lr]?)(?![A-Za-z])", "", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\?%|\\?\$|\\degree\b", "", text).strip()
     text = _NAME.sub("", _UNITS.sub("", text))
@@ -97,7 +99,9 @@ def normalised(latex: str) -> str:
     text = re.sub(r"\\sqrt\s*(\d|[A-Za-z])", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![\d.}])\.(?=\d)", "0.", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))(?!.*[()\[\]])", "", text)  # 1,000 but not the pair (1,000)
-    text = re.sub(r"\s+", "", text)
+    text = re.sub(r"(?<=\d)\s+(\d+)\s*/\s*(\d+)", r"\\frac{\1}{\2}", text)  # 1 1/2 is 3/2, not 11/2
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)  # 12 3 is not 123
+    text = re.sub(r"^(-?\d{1,3})((?:\s\d{3})+)$", lambda found: found[1] + re.sub(r"\s", "", found[2]), text)
     return re.sub(r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)
 
 

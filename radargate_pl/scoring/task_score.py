@@ -20,6 +20,7 @@ class Row(NamedTuple):
         answer: the reference; of a choice: the option, word for word.
         output: what the model wrote.
         value: the sentence-level value of its format, see ``Judgement``.
+        others: further accepted answers of an open question.
     """
 
     correct: bool
@@ -27,6 +28,7 @@ class Row(NamedTuple):
     answer: str
     output: str
     value: float | None
+    others: tuple[str, ...] = ()
 
 
 class Measure(NamedTuple):
@@ -34,14 +36,14 @@ class Measure(NamedTuple):
 
     Attributes:
         value: in [0, 1]; bleu and chrf in [0, 100], matthews in [-1, 1].
-        low: lower end of the interval.
-        high: upper end.
+        low: lower end of the interval; ``None`` where the examples do not tell one, see ``bootstrap``.
+        high: upper end; ``None`` as well.
         n: number of examples.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
 
 
@@ -55,7 +57,7 @@ def measure(name: str, rows: Sequence[Row], labels: Sequence[str] = ()) -> Measu
     sentence_chrf_accuracy share of translations whose sentence chrF reaches ``CHRF_THRESHOLD`` Wilson
     matthews               Matthews' correlation; no answer is a class of its own               bootstrap
     f1                     F1 of ``labels[1]``; no answer counts as the other label             bootstrap
-    bleu, chrf             corpus scores by sacrebleu                                           bootstrap
+    bleu, chrf             corpus scores by sacrebleu, against all accepted answers             bootstrap
     rouge_l                mean ROUGE-L                                                         bootstrap
     ====================== ==================================================================== ==========
 
@@ -116,6 +118,30 @@ def chance_level(numbers_of_choices: Sequence[float]) -> float:
     return math.fsum(1 / number for number in numbers_of_choices) / len(numbers_of_choices)
 
 
+def levels(score: str, questions: Sequence[tuple[Sequence[str], str]]) -> tuple[float | None, float | None]:
+    """What whoever always takes the most frequent choice gets, and whoever draws lots.
+
+    Args:
+        score: name of the score that they are held against.
+        questions: the choices of each example and the right one of them, word for word; at least one.
+
+    Returns:
+        Majority and chance level, both ``None`` where a question is open; 0 of Matthews' correlation, which is that of
+        any guess. The most frequent choice is one of position: texts differ from question to question.
+
+    Example:
+        >>> levels("accuracy", [(["a", "b"], "a"), (["c", "d"], "c"), (["e", "f"], "f")])
+        (0.6666666666666666, 0.5)
+    """
+    if not all(choices for choices, _ in questions):
+        return None, None
+    if score == "matthews":
+        return 0.0, 0.0
+    positions = [str(choices.index(answer)) for choices, answer in questions]
+    # Equal choices are right together.
+    return majority_level(positions), chance_level([len(c) / c.count(answer) for c, answer in questions])
+
+
 def _resampled(statistics: Sequence[Sequence[float]], score: Callable[[Any], float]) -> Measure:
     sums = [sum(column) for column in zip(*statistics, strict=True)]
     return Measure(score(sums), *bootstrap(statistics, score), len(statistics))
@@ -136,8 +162,8 @@ def _confusion(rows: Sequence[Row]) -> tuple[list[list[float]], Callable[[Any], 
 
 
 def _rouge_of(row: Row) -> float:
-    """What ``judge`` found against the best accepted answer; formats without a value are held against the reference."""
-    return rouge_l(row.output, [row.answer]) if row.value is None else row.value
+    """What ``judge`` found; formats without a value are held against the accepted answers here."""
+    return rouge_l(row.output, [row.answer, *row.others]) if row.value is None else row.value
 
 
 def _positives(rows: Sequence[Row], labels: Sequence[str]) -> tuple[list[list[float]], Callable[[Any], float]]:
@@ -152,5 +178,5 @@ def _positives(rows: Sequence[Row], labels: Sequence[str]) -> tuple[list[list[fl
 
 
 def _corpus(name: Literal["bleu", "chrf"], rows: Sequence[Row]) -> Measure:
-    outputs, references = [row.output.strip() for row in rows], [row.answer for row in rows]
+    outputs, references = [row.output.strip() for row in rows], [(row.answer, *row.others) for row in rows]
     return _resampled(*corpus_statistics(name, outputs, references))

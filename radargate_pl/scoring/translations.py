@@ -32,14 +32,14 @@ def sentence_chrf(output: str, references: Sequence[str]) -> float:
 
 
 def corpus_statistics(
-    name: Literal["bleu", "chrf"], outputs: Sequence[str], references: Sequence[str]
+    name: Literal["bleu", "chrf"], outputs: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[list[list[float]], Callable[[Any], float]]:
     """What a corpus score is made of: counts that add up over sentences, and the score of such sums.
 
     Args:
         name: ``bleu`` (13a tokens, exponential smoothing: sacrebleu's defaults) or ``chrf``.
         outputs: translations, one a sentence.
-        references: reference translations in the same order.
+        references: accepted translations of each sentence in the same order, at least one of each.
 
     Returns:
         The counts of each sentence, and the function from their sum to the score in [0, 100].
@@ -50,7 +50,10 @@ def corpus_statistics(
     metric = _metric(name)
     # The two steps of corpus_score, which any metric of sacrebleu must implement: resampling needs them apart, and its
     # own resampling reports only half the width of the interval.
-    counts = metric._extract_corpus_statistics(list(outputs), [list(references)])
+    # sacrebleu wants equally many references of all; a repeated one changes neither score.
+    most = max(map(len, references))
+    streams = [[accepted[min(number, len(accepted) - 1)] for accepted in references] for number in range(most)]
+    counts = metric._extract_corpus_statistics(list(outputs), streams)
     return counts, lambda sums: float(metric._compute_score_from_stats(sums).score)
 
 
