@@ -80,9 +80,10 @@ def answers_key(network: GatedNetwork, data: Any, task: str, precision: str) -> 
         task: name of the task.
         precision: of the trainer.
     """
-    items = hashlib.sha256()
-    for item in data.items(task):
-        items.update(json.dumps(item._replace(where=""), ensure_ascii=False).encode())
+    asked = hashlib.sha256()  # token ids too: another chat template or tokenizer asks another question
+    for request in data.requests(task):
+        told = [request.item._replace(where=""), request.rows]
+        asked.update(json.dumps(told, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     facts = {
         "fingerprints": network.fingerprints,
         "weights": fingerprint_state({**network.gate_state(), **network.trainable_state()}),
@@ -92,7 +93,8 @@ def answers_key(network: GatedNetwork, data: Any, task: str, precision: str) -> 
         "dtype": str(network.backbone.dtype),
         "precision": precision,
         "task": task_settings(data, task),
-        "items": items.hexdigest(),
+        "asked": asked.hexdigest(),
+        "end": network.backbone.generation_config.eos_token_id,
         "rules": RULES,
     }
     if judge := judge_of(data.benchmarks[task].answer_format):

@@ -3,7 +3,7 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ class Prediction:
         answers: Accepted answers, the first is the reference; empty if the line has none.
         choices: Options of a multiple-choice question; empty if the line has none.
         task: Task that the line names, or None.
+        found: What was found in the output when it was written, where the line says so: texts for an answer, () for
+            none; None where it says nothing.
     """
 
     id: str
@@ -31,6 +33,7 @@ class Prediction:
     answers: tuple[str, ...]
     choices: tuple[str, ...]
     task: str | None
+    found: tuple[str, ...] | None = None
 
 
 class Mistakes:
@@ -99,42 +102,20 @@ def read_predictions(path: Path, with_output: bool) -> dict[str, Prediction]:
     return found
 
 
-def with_references(
-    predictions: Mapping[str, Prediction], references: Mapping[str, Prediction], names: tuple[Path, Path]
-) -> list[Prediction]:
-    """Give predictions the answers and choices of a file of references, which must name the same examples.
+def first_object(path: Path) -> Mapping[str, Any]:
+    """The first JSON object of a file, by which to tell its layout.
 
     Args:
-        predictions: What was predicted, by id.
-        references: The examples of the task, by id.
-        names: Files of both, for messages.
+        path: The file, plain or gzip.
 
     Returns:
-        The predictions in the order of the references.
+        Its fields; none if the file has no such line.
 
     Raises:
-        ValueError: If ids are missing or surplus, or an answer of the predictions is another one.
+        ValueError: If the file is missing or cannot be read.
     """
-    mistakes = Mistakes(f"{names[0]} to predict exactly the examples of {names[1]}")
-    for title, ids in (
-        ("missing", [id for id in references if id not in predictions]),
-        ("surplus", [id for id in predictions if id not in references]),
-    ):
-        if ids:
-            more = f" and {len(ids) - MISTAKES_SHOWN} more" if len(ids) > MISTAKES_SHOWN else ""
-            mistakes.add("", f"{len(ids)} {title}: {', '.join(ids[:MISTAKES_SHOWN])}{more}")
-    joined = []
-    for id, reference in references.items():
-        prediction = predictions.get(id)
-        if prediction is None:
-            continue
-        if prediction.answers and not set(prediction.answers) & set(reference.answers):
-            stated = f"{prediction.answers[0]!r}, that of {reference.where} is {_first(reference.answers)!r}"
-            mistakes.add(prediction.where, f"its answer is {stated}")
-        choices = prediction.choices or reference.choices
-        joined.append(Prediction(id, prediction.where, prediction.output, reference.answers, choices, prediction.task))
-    mistakes.raise_if_any()
-    return joined
+    ignored = Mistakes("")
+    return next((fields for _, fields in _objects(path, ignored)), {})
 
 
 def _objects(path: Path, mistakes: Mistakes) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -174,16 +155,35 @@ def _read(where: str, fields: Mapping[str, Any], with_output: bool) -> Predictio
     output = fields["output"] if with_output else None
     if with_output and not isinstance(output, str):
         raise ValueError(f"output is {type(output).__name__}, expected a string (an empty one for no output)")
-    answers = [answer for name in ANSWER_FIELDS for answer in _texts(fields, name)]
     task = fields.get("task")
     return Prediction(
         id=str(id),
         where=where,
-        output=output,
-        answers=tuple(dict.fromkeys(answers)),
+        output=None if output is None else whole(output),
+        answers=_answers(fields),
         choices=tuple(_texts(fields, "choices")),
         task=task if isinstance(task, str) else None,
+        found=tuple(_texts(fields, "extracted")) if "extracted" in fields else None,
     )
+
+
+def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    answers = {name: _texts(fields, name) for name in ANSWER_FIELDS}
+    if empty := [name for name, texts in answers.items() if any(not text.strip() for text in texts)]:
+        raise ValueError(f"{empty[0]} is empty; nothing but an empty output would equal it")
+    for text in answers["answer"]:
+        if answers["targets"] and text not in answers["targets"]:
+            raise ValueError(f"answer {text!r} is none of its targets; give one of the two, or make them agree")
+    return tuple(dict.fromkeys(text for texts in answers.values() for text in texts))
+
+
+def whole(text: str) -> str:
+    """A text whose characters are whole: half of a cut emoji, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
+
+    Args:
+        text: Any text.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _texts(fields: Mapping[str, Any], name: str) -> list[str]:
@@ -195,8 +195,4 @@ def _texts(fields: Mapping[str, Any], name: str) -> list[str]:
     for one in values:
         if isinstance(one, bool) or not isinstance(one, str | int | float):
             raise ValueError(f"{name} is {type(one).__name__}, expected a string")
-    return [str(one) for one in values]
-
-
-def _first(answers: Sequence[str]) -> str:
-    return answers[0] if answers else ""
+    return [whole(str(one)) for one in values]

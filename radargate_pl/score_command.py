@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -10,10 +11,13 @@ from typing import Any, NamedTuple
 
 from radargate_pl.atomic_files import write_text
 from radargate_pl.benchmarks import BENCHMARKS, Benchmark, judge_answer, natural_instruction
-from radargate_pl.predictions import Mistakes, Prediction, read_predictions, with_references
-from radargate_pl.scoring import Judgement, Reference, Row, chance_level, judge, majority_level, measure
+from radargate_pl.predictions import Mistakes, Prediction, read_predictions
+from radargate_pl.score_references import read_references, with_references
+from radargate_pl.scoring import Judgement, Reference, Row, levels, measure
+from radargate_pl.scoring.choices import choice_of
 
 FORMAT_VERSION = 1
+CATEGORIES = ("language", "mathematics", "reasoning", "translation")
 _DESCRIPTION = """Judge what a model wrote and score the task. No model is loaded.
 
 PREDICTIONS.jsonl holds a JSON object a line: id, output, answer (or targets, a list of accepted answers), and
@@ -61,8 +65,8 @@ def main(words: Sequence[str]) -> int:
     if options.references is None:
         lines = list(predictions.values())
     else:
-        references = _in_labels(benchmark, read_predictions(options.references, with_output=False))
-        lines = with_references(predictions, references, (options.predictions, options.references))
+        references = _in_labels(benchmark, read_references(benchmark, options.references, options.category))
+        lines = with_references(benchmark, predictions, references, (options.predictions, options.references))
     judged = judge_all(benchmark, lines, options.predictions)
     summary = summarise(benchmark, judged)
     write_text(options.output, "".join(json.dumps(_score_line(one), ensure_ascii=False) + "\n" for one in judged))
@@ -80,6 +84,8 @@ def find_benchmark(task: str, category: str | None = None) -> Benchmark:
     Raises:
         ValueError: if there is no such task; the message has the nearest names.
     """
+    if category is not None and task in BENCHMARKS:
+        raise ValueError(f"Expected no --category for {task}, which has rules of its own, but got {category!r}.")
     if category is not None:
         return natural_instruction(task, category)
     if task in BENCHMARKS:
@@ -88,7 +94,7 @@ def find_benchmark(task: str, category: str | None = None) -> Benchmark:
     hint = f"did you mean {' or '.join(near)}" if near else f"one of {', '.join(BENCHMARKS)}"
     raise ValueError(
         f"Expected --task to be a known task, but got {task!r}; {hint}? "
-        "A natural-instructions task takes its --category too (language, mathematics, reasoning, translation)."
+        f"A natural-instructions task takes its --category too ({', '.join(CATEGORIES)})."
     )
 
 
@@ -124,12 +130,13 @@ def summarise(benchmark: Benchmark, judged: Sequence[Judged]) -> dict[str, Any]:
         judged: every example once, at least one.
 
     Returns:
-        What the command prints. ``majority`` is the share of the most frequent label, null where labels differ from
-        question to question; ``chance`` is the mean of 1 / number of choices, null for open answers.
+        What the command prints. ``majority`` and ``chance`` are the score of whoever always takes the choice at the
+        most frequent position, and of whoever draws lots; null for open answers. Ends of an interval are null where
+        the examples tell none.
     """
     rows = [one.row for one in judged]
-    labels = benchmark.labels
-    metrics = {name: measure(name, rows, labels) for name in benchmark.metrics}
+    metrics = {name: measure(name, rows, benchmark.labels) for name in benchmark.metrics}
+    majority, chance = levels(benchmark.metrics[0], [(one.choices, one.row.answer) for one in judged])
     return {
         "format_version": FORMAT_VERSION,
         "task": benchmark.name,
@@ -139,15 +146,10 @@ def summarise(benchmark: Benchmark, judged: Sequence[Judged]) -> dict[str, Any]:
         "metrics": {
             name: {"value": found.value, "low": found.low, "high": found.high} for name, found in metrics.items()
         },
-        "majority": majority_level([row.answer for row in rows]) if labels else None,
-        "chance": chance_level([_odds(one) for one in judged]) if all(one.choices for one in judged) else None,
+        "majority": majority,
+        "chance": chance,
         "extracted_share": sum(row.extracted is not None for row in rows) / len(rows),
     }
-
-
-def _odds(judged: Judged) -> float:
-    """One in so many choices is right; equal ones are right together."""
-    return len(judged.choices) / max(judged.choices.count(judged.row.answer), 1)
 
 
 def _judge(benchmark: Benchmark, prediction: Prediction) -> Judged:
@@ -155,18 +157,28 @@ def _judge(benchmark: Benchmark, prediction: Prediction) -> Judged:
         raise ValueError(f"its task is {prediction.task}, but --task is {benchmark.name}")
     if not prediction.answers:
         raise ValueError("no answer (nor target, nor targets); add it, or name a file that has it as --references")
-    assert prediction.output is not None
     reference = Reference(prediction.answers)
     if benchmark.answer_format == "choice":
         reference = reference._replace(choices=prediction.choices or benchmark.labels)
         if not reference.choices:
             raise ValueError(f"no choices; the options of {benchmark.name} differ from question to question")
-    judgement = judge_answer(benchmark, prediction.output, reference)
-    answer = prediction.answers[0]
+    output = _output(benchmark, prediction)
+    judgement = judge_answer(benchmark, output, reference)
+    answer, *others = prediction.answers
     if reference.choices:  # the reference as the option it names
-        answer = judge("choice", answer, reference).extracted or answer
-    row = Row(judgement.correct, judgement.extracted, answer, prediction.output, judgement.value)
+        answer, others = reference.choices[choice_of(answer, reference.choices)], []
+    row = Row(judgement.correct, judgement.extracted, answer, output, judgement.value, tuple(others))
     return Judged(prediction, reference.choices, judgement, row)
+
+
+def _output(benchmark: Benchmark, prediction: Prediction) -> str:
+    """What is judged: of a private task whose texts were not kept, what was found in them then."""
+    assert prediction.output is not None
+    if not (benchmark.is_private and re.fullmatch("[0-9a-f]{64}", prediction.output)):
+        return prediction.output
+    if prediction.found is None:
+        raise ValueError("output is the SHA-256 of a text, and there is no extracted; score what the model wrote")
+    return prediction.found[0] if prediction.found else ""
 
 
 def _in_labels(benchmark: Benchmark, lines: Mapping[str, Prediction]) -> dict[str, Prediction]:
@@ -203,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--references", type=Path, metavar="FILE", help="the task's examples: ids must agree, answers come from here"
     )
-    parser.add_argument("--category", help="of a natural-instructions task; says how it is scored")
+    parser.add_argument("--category", choices=CATEGORIES, help="of a natural-instructions task; says how it is scored")
     parser.add_argument(
         "--overwrite", type=_truth, nargs="?", const=True, default=False, metavar="true", help="replace the output"
     )

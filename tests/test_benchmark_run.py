@@ -17,7 +17,7 @@ import torch
 import torch.multiprocessing
 from ranks import on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_benchmarks import COUNTS, After, benchmark_lm, files_of, lines_of, run_test, write_benchmarks
+from tiny_benchmarks import COUNTS, After, benchmark_lm, data_of, files_of, lines_of, run_test, write_benchmarks
 from tiny_models import batch_of, network_of
 from tiny_runs import adapters, read_json
 
@@ -298,6 +298,22 @@ def test_answers_of_another_judge_are_judged_again(tmp_path: Path, monkeypatch: 
     assert counted.ids == ["x1"]
     assert predictions(run, "math")[0]["correct"] is True
     assert read_json(results)["judge"] == {"name": "math-verify", "version": "1.2.3"}
+
+
+def test_another_chat_template_is_another_question(root: str) -> None:
+    """Same items, weights and settings: what the model reads is not the same, so no answer may be kept."""
+    network = network_of("llama", "stretch")
+    asked = {}
+    for template in ("<u>{{ messages[0]['content'] }}", "Be brief. {{ messages[0]['content'] }}"):
+        data = data_of(root, ["gsm8k"], prompt="chat")
+        data.backbone[0].chat_template = template
+        data.setup("test")
+        key = answers_key.answers_key(network, data, "gsm8k", "32-true")
+        asked[key] = data.requests("gsm8k")[0].rows
+        again = answers_key.answers_key(network, data, "gsm8k", "32-true")
+        assert again == key
+    first, second = asked.values()
+    assert first != second
 
 
 def test_the_judge_is_named_where_it_is_a_package(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import sacrebleu
 
 from radargate_pl.benchmarks import BENCHMARKS
 from radargate_pl.cli import main
+from radargate_pl.score_references import read_references
 from radargate_pl.scoring.intervals import wilson
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +111,7 @@ def test_options_of_their_own_and_letters(score):
     ]
     _, summary, lines, _ = score(rows, "arc_easy")
     assert [line["correct"] for line in lines] == [True, True, True]
-    assert summary["majority"] is None
+    assert summary["majority"] == pytest.approx(1 / 3)  # of the position, whatever the texts
     assert summary["chance"] == pytest.approx((0.25 + 0.25 + 0.5) / 3)
 
 
@@ -172,7 +174,8 @@ def test_right_answers_are_right_whatever_the_data_call_them(score, tmp_path, ta
         assert [(line["extracted"], line["correct"]) for line in lines] == [(label, True) for label in labels]
         summaries.append(summary)
     assert all(summary == summaries[0] for summary in summaries)
-    assert summaries[0]["chance"] == pytest.approx(1 / len(labels))
+    level = 0 if task == "cola" else 1 / len(labels)  # Matthews' correlation of a guess
+    assert (summaries[0]["chance"], summaries[0]["majority"]) == pytest.approx((level, level))
     wrong = [{**row, "output": labels[row["id"] - 1]} for row in asked]
     assert score(wrong, task, "--overwrite", "--references", data)[1]["metrics"]["accuracy"]["value"] == 0.0
 
@@ -252,7 +255,151 @@ def test_another_answer_than_the_references(score, tmp_path):
     assert f"predictions.jsonl:1: its answer is 'negative', that of {references}:1 is 'positive'" in error
 
 
+LAW = ["guilty, because he meant to", "guilty, because he fled", "not guilty", "not guilty, because he was asleep"]
+
+
+def law(id, position, **extra):
+    return {
+        "id": id,
+        "inputs": {"question": f"Is {id}?"},
+        "choices": LAW,
+        "answer": LAW[position],
+        "answer_index": position,
+        **extra,
+    }
+
+
+def test_references_as_the_data_have_them(score, tmp_path):
+    """The data have texts where `radargate test` writes letters, and they repeat themselves."""
+    data = write(tmp_path / "law.jsonl.gz", [law("a", 1), law("b", 3), law("a", 1), law("c", 1)])
+    letters = [
+        {"id": id, "output": "B", "choices": list("ABCD"), "answer": right}
+        for id, right in zip("abc", "BDB", strict=True)
+    ]
+    texts = [{"id": id, "output": LAW[1]} for id in "abc"]
+    for rows in (letters, texts):
+        code, summary, lines, error = score(rows, "mmlu_professional_law", "--overwrite", "--references", data)
+        assert (code, error) == (0, "INFO: task mmlu_professional_law: left out exact repeats of a\n")
+        assert [line["correct"] for line in lines] == [True, False, True]
+        assert (summary["majority"], summary["chance"]) == pytest.approx((2 / 3, 1 / 4))
+    wrong = [{**letters[0], "answer": "C"}, *letters[1:]]
+    _, _, _, error = score(wrong, "mmlu_professional_law", "--overwrite", "--references", data)
+    assert f"predictions.jsonl:1: its answer is 'C', that of {data}:1 is 'B'" in error
+    fewer = [{"id": "a", "output": "B", "choices": ["A", "B"]}, *letters[1:]]
+    _, _, _, error = score(fewer, "mmlu_professional_law", "--overwrite", "--references", data)
+    assert f"it has 2 choices, {data}:1 has 4" in error
+
+
+def test_choices_in_another_order_than_the_references(score, tmp_path):
+    data = write(tmp_path / "law.jsonl", [law("a", 1)])
+    rows = [{"id": "a", "output": "C", "choices": LAW[::-1], "answer": LAW[1]}]
+    _, _, lines, _ = score(rows, "mmlu_professional_law", "--references", data)
+    assert lines == [{"id": "a", "extracted": LAW[1], "correct": True}]
+
+
+def test_references_of_natural_instructions_are_their_test_split(score, tmp_path):
+    data = write(
+        tmp_path / "task1.jsonl",
+        [
+            {"id": id, "source": "?", "targets": ["x", "z"], "split": split}
+            for id, split in zip("abc", ["train", "test", "test"], strict=True)
+        ],
+    )
+    rows = [{"id": "b", "output": "z"}, {"id": "c", "output": "y"}]
+    code, summary, lines, _ = score(rows, "task1", "--category", "language", "--references", data)
+    assert (code, [line["correct"] for line in lines]) == (0, [True, False])
+    assert summary["metrics"]["rouge_l"]["value"] == 0.5
+    assert (
+        "1 surplus: a"
+        in score(
+            [*rows, {"id": "a", "output": ""}], "task1", "--category", "language", "--references", data, "--overwrite"
+        )[3]
+    )
+
+
+def test_references_as_the_hub_has_them(score, tmp_path):
+    """Rows without ids are counted, as `radargate test` counts them."""
+    rows = [{"question": f"{n}?", "answer": f"so\n#### {n}"} for n in (1, 2)]
+    data = write(tmp_path / "gsm8k.jsonl", rows)
+    _, summary, _, _ = score([{"id": f"gsm8k-{n}", "output": "2"} for n in (0, 1)], "gsm8k", "--references", data)
+    assert summary["metrics"]["accuracy"]["value"] == 0.5
+
+
+def test_bad_references_are_named(score, tmp_path):
+    data = write(tmp_path / "law.jsonl", [law("a", 1), law("b", 1) | {"answer": "nothing"}])
+    code, _, lines, error = score([{"id": "a", "output": "B"}], "mmlu_professional_law", "--references", data)
+    assert (code, lines) == (1, None)
+    assert f"{data}:2: answer outside the choices" in error
+
+
+def test_all_accepted_translations_count(score):
+    rows = [
+        {"id": 1, "output": "der Hund liegt dort drüben", "targets": ["ein Hund ist da", "der Hund liegt dort drüben"]}
+    ]
+    _, summary, _, _ = score(rows, "wmt14_en_de")
+    assert summary["metrics"]["bleu"]["value"] == pytest.approx(100)
+    assert summary["metrics"]["bleu"]["low"] is None  # one sentence tells no interval
+
+
+# ---- a task whose texts are private ----
+
+
+def gpqa(id, right="SECRET right"):
+    return {
+        "id": id,
+        "inputs": {"question": f"SECRET {id}"},
+        "choices": [f"SECRET {n}" for n in range(3)] + [right],
+        "answer": right,
+    }
+
+
+def test_what_was_kept_of_a_private_task_is_scored(score):
+    """`radargate test` keeps the SHA-256 of an output, and what it found in it."""
+    kept = {"output": hashlib.sha256(b"(B)").hexdigest(), "choices": list("ABCD"), "answer": "B"}
+    rows = [
+        {"id": 1, "extracted": "B", **kept},
+        {"id": 2, "extracted": None, **kept},
+        {"id": 3, "extracted": "C", **kept},
+    ]
+    _, _, lines, _ = score(rows, "gpqa")
+    assert [(line["extracted"], line["correct"]) for line in lines] == [("B", True), (None, False), ("C", False)]
+    code, _, _, error = score([{"id": 1, **kept}], "gpqa", "--overwrite")
+    assert code == 1
+    assert "cannot be judged" in error
+
+
+def test_references_of_a_private_task_are_not_shown(score, tmp_path):
+    data = write(tmp_path / "gpqa.jsonl", [gpqa("a"), gpqa("b")])
+    right = {id: one.choices.index(one.answers[0]) for id, one in read_references(BENCHMARKS["gpqa"], data).items()}
+    rows = [{"id": id, "output": "ABCD"[n], "choices": list("ABCD"), "answer": "ABCD"[n]} for id, n in right.items()]
+    _, summary, _, error = score(rows, "gpqa", "--references", data)
+    assert (summary["metrics"]["accuracy"]["value"], error) == (1.0, "")
+    rows[0]["answer"] = "ABCD"[right["a"] - 1]
+    code, _, _, error = score(rows, "gpqa", "--references", data, "--overwrite")
+    assert code == 1
+    assert f"predictions.jsonl:1: its answer is not that of {data}:1" in error
+    assert "SECRET" not in error
+
+
 # ---- bad input ----
+
+
+def test_half_a_character(score):
+    """An output that was cut inside an emoji; UTF-8 has no such thing, JSON does."""
+    rows = [
+        '{"id": 1, "output": "gut \\ud83d", "answer": "gut"}',
+        '{"id": 2, "output": "\\ud83d\\ude00", "answer": "gut"}',
+    ]
+    code, _, lines, _ = score(rows, "wmt14_en_de")
+    assert code == 0
+    assert [line["extracted"] for line in lines] == ["gut \ufffd", "\U0001f600"]
+
+
+def test_a_category_that_is_not_one(score, capsys):
+    assert score([{"id": 1, "output": "x", "answer": "x"}], "task1", "--category", "langauge")[0] == 2
+    code, _, _, error = score([{"id": 1, "output": "1", "answer": "1"}], "gsm8k", "--category", "language")
+    assert code == 1
+    assert "Expected no --category for gsm8k" in error
 
 
 @pytest.mark.parametrize(
@@ -269,6 +416,8 @@ def test_another_answer_than_the_references(score, tmp_path):
         ([{"id": 1, "output": "x", "answer": "fine"}], "one of the choices ('negative', 'positive'), but got 'fine'"),
         ([{"id": 1, "output": "x", "answer": {"a": 1}}], "answer is dict, expected a string"),
         ([{**SST2[0], "task": "rte"}], "its task is rte, but --task is sst2"),
+        ([{"id": 1, "output": "x", "answer": " "}], "predictions.jsonl:1: answer is empty"),
+        ([{"id": 1, "output": "x", "answer": "a", "targets": ["b"]}], "answer 'a' is none of its targets"),
         ([], "to hold predictions, one JSON object a line, but it is empty"),
     ],
 )

@@ -181,7 +181,7 @@ def test_perfect_and_empty_translations():
 
 
 def test_corpus_scores_take_the_best_of_all_accepted_translations():
-    """As sacrebleu does where all sentences have the same number of them; a sentence with one of its own is no worse."""
+    """As sacrebleu does where all sentences have equally many; a sentence with one alone is no worse off."""
     others = [f"{answer} Oder anders." for answer in ANSWERS]
     rows = [Row(True, o, a, o, 50.0, (b,)) for o, a, b in zip(OUTPUTS, ANSWERS, others, strict=True)]
     stripped = [output.strip() for output in OUTPUTS]

@@ -212,7 +212,15 @@ class BenchmarkData(LightningDataModule):
         Args:
             task: Name of the task.
         """
-        return [request.item for request in self._requests[task]]
+        return [request.item for request in self.requests(task)]
+
+    def requests(self, task: str) -> list[Request]:
+        """The scored items of a task as token ids, in the order of its file.
+
+        Args:
+            task: Name of the task.
+        """
+        return self._requests[task]
 
     def reserved_ids(self, task: str) -> tuple[str, ...]:
         """Ids of the examples of a task that are shown in prompts and never scored.

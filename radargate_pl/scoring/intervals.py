@@ -34,7 +34,9 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, min(share, (centre - half) / scale)), min(1.0, max(share, (centre + half) / scale))
 
 
-def bootstrap(statistics: Sequence[Sequence[float]], score: Callable[[Any], float]) -> tuple[float, float] | tuple[None, None]:
+def bootstrap(
+    statistics: Sequence[Sequence[float]], score: Callable[[Any], float]
+) -> tuple[float, float] | tuple[None, None]:
     """The percentile bootstrap of a score that depends on sums over examples.
 
     Each of ``DRAWS`` times, n examples are drawn with replacement and scored; the interval holds the middle 95 %. The

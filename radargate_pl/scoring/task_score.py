@@ -144,7 +144,8 @@ def levels(score: str, questions: Sequence[tuple[Sequence[str], str]]) -> tuple[
 
 def _resampled(statistics: Sequence[Sequence[float]], score: Callable[[Any], float]) -> Measure:
     sums = [sum(column) for column in zip(*statistics, strict=True)]
-    return Measure(score(sums), *bootstrap(statistics, score), len(statistics))
+    low, high = bootstrap(statistics, score)
+    return Measure(score(sums), low, high, len(statistics))
 
 
 def _confusion(rows: Sequence[Row]) -> tuple[list[list[float]], Callable[[Any], float]]:
