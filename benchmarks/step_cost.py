@@ -4,6 +4,7 @@
     python benchmarks/step_cost.py --runs runs/step_cost --quick    # what the ratios need, five minutes on two cores
     python benchmarks/step_cost.py --rows step/qv/4x128,layer --rounds 3
     python benchmarks/step_cost.py --list
+    python benchmarks/step_cost.py --summary runs/step_cost/step_cost.json      # the README's table, of several files
 
 Rows of a table take turns, in an order drawn anew for every round; memory is measured in a process for each row. Writes
 step_cost.json and step_cost.md into the run folder after every table. On a GPU: CUDA events and allocated memory.
@@ -17,7 +18,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from costs.machine import machine
 from costs.memory import measure_apart, measure_here
 from costs.ratios import ratios_of
 from costs.rows import Row, all_rows, quick_rows
+from costs.summary import summary
 from costs.tables import markdown
 from costs.timing import Stopwatch, take_turns, warm_up
 
@@ -57,6 +59,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", default="", help="beginnings of row names, separated by commas")
     parser.add_argument("--quick", action="store_true", help="only the rows that the ratios need")
     parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")
+    parser.add_argument("--summary", nargs="+", default=(), help="print the README's table of these results and stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory_row", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
@@ -188,13 +191,22 @@ def write(report: dict[str, Any], options: argparse.Namespace) -> None:
     (folder / "step_cost.md").write_text(markdown(report, ratios) + "\n")
 
 
+def read_rows(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The rows of several files of results; of a row that several have, the last one's."""
+    return {
+        name: row for path in paths for name, row in json.loads(Path(path).read_text(encoding="utf-8"))["rows"].items()
+    }
+
+
 def main(words: list[str] | None = None) -> None:
     """Measure, or do one of the small things."""
     options = parsed(words)
     warnings.filterwarnings("ignore", message=".*Online softmax is disabled.*")
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.list:
+    if options.summary:
+        print(summary(read_rows(options.summary)), end="")
+    elif options.list:
         print(*(row.name for row in chosen_rows(options)), sep="\n")
     elif options.memory_row:
         row = next(row for row in all_rows() if row.name == options.memory_row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -140,6 +141,17 @@ def test_quick_measures_every_promised_ratio(script: ModuleType) -> None:
     missing = [r.title for r in ratios_of(results) if r.must is not None and r.value is None]
     assert all("compiled" in title for title in missing)  # all but n = 40 in eager mode
     assert results.keys() <= {row.name for row in script.all_rows()}
+
+
+def test_the_readme_shows_what_was_measured(script: ModuleType, capsys: Any) -> None:
+    """Its table is what its own command prints of the results in the repository."""
+    root = BENCHMARKS.parent
+    text = (root / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`python benchmarks/step_cost.py --summary ([^`]+)`", text)
+    script.main(["--summary", *(str(root / path) for path in command.split())])
+    printed = capsys.readouterr().out
+    assert "| training step / frozen backbone" in printed
+    assert printed in text
 
 
 def test_names_are_unique(script: ModuleType) -> None:

@@ -20,8 +20,9 @@ class Ratio(NamedTuple):
         title: what is compared.
         above: name of the row above the line.
         below: name of the row below it.
-        value: the ratio of the medians; ``None`` if a side was not measured.
-        low: smallest or lower quartile of the ratios round by round.
+        value: the median of the ratios round by round, over the rounds that both sides have; ``None`` if a side was not
+            measured.
+        low: smallest or lower quartile of these ratios.
         high: the other end.
         must: promised bound.
         aim: hoped for bound.
@@ -58,37 +59,37 @@ def ratios_of(results: Results, *, every: int = 50) -> list[Ratio]:
 
 
 def _steps(results: Results) -> list[Ratio]:
-    peft = _find(results, kind="peft-lora", targets="qv", loss="full", **STEP)
+    peft = find(results, kind="peft-lora", targets="qv", loss="full", **STEP)
     lines = []
     for n, must, aim in ((40, 0.80, 0.60), (5, 0.68, 0.50)):
         title = f"step n = {n} q+v, best mode / PEFT one LoRA, transformers loss"
-        lines.append(_over(title, _best(results, n=n, targets="qv"), peft, must, aim))
+        lines.append(over(title, best(results, n=n, targets="qv"), peft, must, aim))
     for mode in ("eager", "compiled"):
-        own = _find(results, kind="own-lora", targets="qv", mode=mode, **STEP)
-        five = _find(results, kind=OURS, n=5, mode=mode, **PLAIN_OURS)
-        forty = _find(results, kind=OURS, n=40, mode=mode, **PLAIN_OURS)
-        many = _find(results, kind=OURS, n=256, mode=mode, **PLAIN_OURS)
-        lines.append(_over(f"step n = 5 over own one LoRA, {mode}", five, own, 1.5, 1.2))
-        lines.append(_over(f"step n = 40 over own one LoRA, {mode}", forty, own, 1.8, 1.35))
-        lines.append(_over(f"step n = 256 / n = 5, {mode}", many, five, 1.3, 1.1))
-    peft_all = _find(results, kind="peft-lora", targets="all", loss="full", **STEP)
+        own = find(results, kind="own-lora", targets="qv", mode=mode, **STEP)
+        five = find(results, kind=OURS, n=5, mode=mode, **PLAIN_OURS)
+        forty = find(results, kind=OURS, n=40, mode=mode, **PLAIN_OURS)
+        many = find(results, kind=OURS, n=256, mode=mode, **PLAIN_OURS)
+        lines.append(over(f"step n = 5 over own one LoRA, {mode}", five, own, 1.5, 1.2))
+        lines.append(over(f"step n = 40 over own one LoRA, {mode}", forty, own, 1.8, 1.35))
+        lines.append(over(f"step n = 256 / n = 5, {mode}", many, five, 1.3, 1.1))
+    peft_all = find(results, kind="peft-lora", targets="all", loss="full", **STEP)
     title = "step n = 40, all seven layers, best mode / PEFT one LoRA on all seven, transformers loss"
-    lines.append(_over(title, _best(results, n=40, targets="all"), peft_all, 1.6, 1.1))
-    x_lora = _find(results, kind="x-lora", targets="qv", n=40, **STEP)
+    lines.append(over(title, best(results, n=40, targets="all"), peft_all, 1.6, 1.1))
+    x_lora = find(results, kind="x-lora", targets="qv", n=40, **STEP)
     title = "PEFT X-LoRA n = 40 / ours n = 40, best mode"
-    lines.append(_over(title, x_lora, _best(results, n=40, targets="qv"), 8, 12, larger_is_better=True))
-    naive, layer = (_find(results, table="layer", kind=kind, n=40, mode="eager") for kind in ("naive", OURS))
-    return [*lines, _over("dense naive / ours, one layer, n = 40", naive, layer, 25, 45, larger_is_better=True)]
+    lines.append(over(title, x_lora, best(results, n=40, targets="qv"), 8, 12, larger_is_better=True))
+    naive, layer = (find(results, table="layer", kind=kind, n=40, mode="eager") for kind in ("naive", OURS))
+    return [*lines, over("dense naive / ours, one layer, n = 40", naive, layer, 25, 45, larger_is_better=True)]
 
 
 def _memory(results: Results) -> list[Ratio]:
-    peft = _find(results, table="memory", kind="peft-lora", targets="qv", loss="full")
+    peft = find(results, table="memory", kind="peft-lora", targets="qv", loss="full")
     lines = []
     for mode in ("eager", "compiled"):
-        ours = _find(results, table="memory", kind=OURS, targets="qv", n=40, mode=mode)
+        ours = find(results, table="memory", kind=OURS, targets="qv", n=40, mode=mode)
         title = f"peak memory n = 40, {mode} / PEFT one LoRA, transformers loss"
-        lines.append(_over(f"{title}, without imports", ours, peft, 0.95, 0.80, field="peak"))
-        lines.append(_over(f"{title}, whole process", ours, peft, 0.95, 0.80, field="whole"))
+        lines.append(over(f"{title}, without imports", ours, peft, 0.95, 0.80, field="peak"))
+        lines.append(over(f"{title}, whole process", ours, peft, 0.95, 0.80, field="whole"))
     return lines
 
 
@@ -96,18 +97,18 @@ def _decoding(results: Results) -> list[Ratio]:
     lines = []
     for batch, must, aim in ((1, 0.75, 0.90), (8, 0.85, 0.93)):
         sides = {"table": "decode", "batch": batch}
-        frozen, ours = _find(results, kind="floor", **sides), _best(results, n=40, **sides)
+        frozen, ours = find(results, kind="floor", **sides), best(results, n=40, **sides)
         title = f"decode speed n = 40, best mode over frozen backbone, batch {batch}"
-        lines.append(_over(title, frozen, ours, must, aim, larger_is_better=True, is_speed=True))
-    arrow, ours = _find(results, table="decode", kind="arrow", batch=1), _best(results, n=40, table="decode", batch=1)
+        lines.append(over(title, frozen, ours, must, aim, larger_is_better=True, is_speed=True))
+    arrow, ours = find(results, table="decode", kind="arrow", batch=1), best(results, n=40, table="decode", batch=1)
     title = "decode speed n = 40, best mode over PEFT Arrow n = 40, batch 1"
-    return [*lines, _over(title, arrow, ours, 1.6, 2.0, larger_is_better=True, is_speed=True)]
+    return [*lines, over(title, arrow, ours, 1.6, 2.0, larger_is_better=True, is_speed=True)]
 
 
 def _monitors(results: Results, every: int) -> Ratio:
     sides = {"table": "monitors", "kind": OURS, "mode": "eager"}
-    recorded, off = _find(results, **sides, recorded=True), _find(results, **sides, recorded=False)
-    once = _over(f"monitors on / off (they look at one step in {every})", recorded, off, 1.01, 1.0, slack=0.0)
+    recorded, off = find(results, **sides, recorded=True), find(results, **sides, recorded=False)
+    once = over(f"monitors on / off (they look at one step in {every})", recorded, off, 1.01, 1.0, slack=0.0)
     if once.value is None:
         return once
 
@@ -124,24 +125,24 @@ def _monitors(results: Results, every: int) -> Ratio:
 
 def _like_for_like(results: Results) -> list[Ratio]:
     """Both sides with the same loss, attention and mode, as far as PEFT lets us."""
-    floor = _find(results, kind="floor", targets="qv", mode="eager", **STEP)
-    label = _find(results, kind="peft-lora", targets="qv", loss="labels", **STEP)
-    full = _find(results, kind="peft-lora", targets="qv", loss="full", **STEP)
-    ours = {n: _find(results, kind=OURS, n=n, mode="eager", **PLAIN_OURS) for n in (5, 40)}
-    lines = [_over("PEFT one LoRA, label-only / transformers loss", label, full)]
-    lines += [_over(f"step n = {n}, eager / PEFT one LoRA, both label-only", ours[n], label) for n in ours]
-    lines += [_over(f"step n = {n}, eager / floor, eager", ours[n], floor) for n in ours]
-    bare = _find(results, kind="floor", targets="qv", mode="compiled", **STEP)
-    lines.append(_over("floor compiled / floor eager: what the backbone alone gains", bare, floor))
-    by_experts = _find(results, kind=OURS, n=40, mode="eager", **{**PLAIN_OURS, "scorer": "experts"})
-    return [*lines, _over("step n = 40, scorer experts / scorer x", by_experts, ours[40])]
+    floor = find(results, kind="floor", targets="qv", mode="eager", **STEP)
+    label = find(results, kind="peft-lora", targets="qv", loss="labels", **STEP)
+    full = find(results, kind="peft-lora", targets="qv", loss="full", **STEP)
+    ours = {n: find(results, kind=OURS, n=n, mode="eager", **PLAIN_OURS) for n in (5, 40)}
+    lines = [over("PEFT one LoRA, label-only / transformers loss", label, full)]
+    lines += [over(f"step n = {n}, eager / PEFT one LoRA, both label-only", ours[n], label) for n in ours]
+    lines += [over(f"step n = {n}, eager / floor, eager", ours[n], floor) for n in ours]
+    bare = find(results, kind="floor", targets="qv", mode="compiled", **STEP)
+    lines.append(over("floor compiled / floor eager: what the backbone alone gains", bare, floor))
+    by_experts = find(results, kind=OURS, n=40, mode="eager", **{**PLAIN_OURS, "scorer": "experts"})
+    return [*lines, over("step n = 40, scorer experts / scorer x", by_experts, ours[40])]
 
 
 STEP = {"table": "step", "batch": 4, "length": 128, "labels": 16}
 PLAIN_OURS = {**STEP, "targets": "qv", "k": 2, "scorer": "x"}
 
 
-def _find(results: Results, **wanted: object) -> tuple[str, Found] | None:
+def find(results: Results, **wanted: object) -> tuple[str, Found] | None:
     """The first measured row with these fields; modes other than eager are found only when asked for."""
     wanted = {"mode": "eager", **wanted}
     for name, found in results.items():
@@ -150,16 +151,16 @@ def _find(results: Results, **wanted: object) -> tuple[str, Found] | None:
     return None
 
 
-def _best(results: Results, **wanted: object) -> tuple[str, Found] | None:
+def best(results: Results, **wanted: object) -> tuple[str, Found] | None:
     """The fastest of our modes."""
     defaults = STEP if wanted.get("table", "step") == "step" else {}
     sides = {**defaults, "kind": OURS, "k": 2, "scorer": "x", **wanted}
-    modes = (_find(results, **{**sides, "mode": mode}) for mode in ("eager", "grouped", "compiled"))
+    modes = (find(results, **{**sides, "mode": mode}) for mode in ("eager", "grouped", "compiled"))
     found = [side for side in modes if side is not None]
     return min(found, key=lambda side: statistics.median(side[1]["seconds"].values()), default=None)
 
 
-def _over(
+def over(
     title: str,
     above: tuple[str, Found] | None,
     below: tuple[str, Found] | None,
@@ -171,14 +172,14 @@ def _over(
     is_speed: bool = False,
     slack: float = SLACK,
 ) -> Ratio:
-    """Divide the medians of two rows; speeds are reciprocal seconds, so the faster row stands below."""
+    """Divide two rows, round by round; speeds are reciprocal seconds, so the faster row stands below."""
     line = Ratio(title, must=must, aim=aim)
     if above is None or below is None:
         return line
     if field == "seconds":
-        over, under = above[1]["seconds"], below[1]["seconds"]
-        value = statistics.median(over.values()) / statistics.median(under.values())
-        low, high = spread([over[key] / under[key] for key in over.keys() & under.keys()])
+        upper, lower = above[1]["seconds"], below[1]["seconds"]
+        apart = [upper[key] / lower[key] for key in upper.keys() & lower.keys()]
+        value, (low, high) = statistics.median(apart), spread(apart)
     else:
         value = low = high = above[1][field] / below[1][field]
     verdict = "no bound" if must is None else _verdict(value, must, slack=slack, larger_is_better=larger_is_better)

@@ -84,12 +84,8 @@ def quick_rows() -> list[Row]:
     decoding = [row for row in _decoding() if row.mode == "eager"]
     rows += [row for row in decoding if row.kind == "floor" or (row.kind, row.n) == (OURS, 40)]
     rows += [row for row in decoding if row.kind == "arrow" and row.batch == 1]
-    return [
-        *rows,
-        step_of("peft-lora", targets="all", loss="full"),
-        replace(step, targets="all", n=40),
-        *_monitors()[:2],
-    ]
+    rows += _monitors()[:2]
+    return [*rows, step_of("peft-lora", targets="all", loss="full"), replace(step, targets="all", n=40)]
 
 
 def step_of(kind: str, table: str = "step", **options: object) -> Row:
