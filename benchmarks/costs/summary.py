@@ -101,14 +101,14 @@ LINES = (
     Line(
         "training step / one LoRA of PEFT with transformers' loss over all logits",
         _over_peft("full"),
-        "Beside transformers' loss PEFT is what its users get, with logits that nobody needs: the line above compares like "
-        "with like.",
+        "Beside transformers' loss PEFT is what its users get, with logits that nobody needs: the line above compares "
+        "like with like.",
     ),
     Line(
         "all seven linear layers: training step / one LoRA of PEFT, transformers' loss",
         _of_all_layers,
-        "A mixture costs by the width of its outputs, of which all seven layers of SmolLM2-135M have seven times as many "
-        "as q and v; one LoRA hardly notices.",
+        "A mixture costs by the width of its outputs, of which all seven layers of SmolLM2-135M have seven times as "
+        "many as q and v; one LoRA hardly notices.",
     ),
     Line(
         "PEFT X-LoRA, transformers' loss / training step",
