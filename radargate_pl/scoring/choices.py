@@ -3,10 +3,24 @@
 import re
 from collections.abc import Sequence
 
-from radargate_pl.scoring.options import Mention, Options, clean, mentions, negation, read_options, tokens
-from radargate_pl.scoring.plain_text import STATEMENT, before_next_question
+from radargate_pl.scoring.options import (
+    Mention,
+    Options,
+    Token,
+    alternatives,
+    clean,
+    mentions,
+    negation,
+    read_options,
+    tokens,
+)
+from radargate_pl.scoring.plain_text import STATEMENT, before_next_question, round_brackets
 
-_REASON = r"(?=\s+(?:because|since|as|for|which|and\s+so|due)\b)"
+_REASON = (
+    r"(?=,?\s+(?:because|since|as(?!\s+well)|for|which|and\s+so|due"
+    r"|(?:and\s+|but\s+)?not|rather\s+than|instead\s+of)\b)"
+)
+_NO_WORD = r"(?!A\s+(?:as|for|not)\b|I\s+(?!because))"  # "A for effort", "I for one"
 _LIST = r"(?!\s*(?:,|/|\bor\b|\band\b)\s*(?:\bor\b\s*|\band\b\s*)?\(?[A-Z]\b\)?)"  # "A or B" chooses nothing
 _QUOTE = r"[\"'$\s]*"
 # A letter where the answer is due: "(b)", "B", "B." or "B)", a bare small letter only at the end of its line.
@@ -24,10 +38,25 @@ _LISTED_LETTER = re.compile(rf"(?:(?<=\s)\((?P<bracketed>[A-Z])\)|(?:^|\n)\s*(?P
 _LETTER_AT_END = re.compile(r"(?:^|(?<=\s))(?P<bare>[A-Z])[.!)\"']*$")
 _NAMED_LETTER = re.compile(r"\((?P<bracketed>[A-Z])\)|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+\(?(?P<bare>[A-Z])\b\)?")
 _SEVERAL = re.compile(
-    r"\(?\b[A-Z]\b\)?(?:\s*(?:,|/|\bn?or\b|\band\b)\s*(?:or\s+|and\s+)?(?:option\s+|choice\s+)?\(?\b[A-Z]\b\)?)+"
+    r"\(?\b[A-Z]\b\)?(?:\s*(?:,|/|\bn?or\b|\band\b|\bas\s+well\s+as\b)\s*(?:or\s+|and\s+)?(?:option\s+|choice\s+)?\(?\b[A-Z]\b\)?)+"
 )
-_CORRECT = re.compile(r"[\"')\s]*\s(?:is|would\s+be)\s+(?:the\s+|a\s+)?(?:only\s+|most\s+)?(?:correct|right|best)\b")
-_LETTER_CORRECT = re.compile(r"(?:^|(?<=[\s\"']))\(?(?P<bare>[A-Z])\)?" + _CORRECT.pattern)
+_LETTER_REASON = re.compile(rf"(?:\((?P<bracketed>[A-Za-z])\)|{_NO_WORD}(?P<bare>[A-Z])){_REASON}")
+_CORRECT = re.compile(
+    r"[\"')\s]*\s(?:is|would\s+be)\s+"
+    r"(?:(?:the\s+|a\s+)?(?:only\s+|most\s+)?(?:correct|right|best)|(?:the|my)\s+(?:final\s+)?answer)\b"
+)
+_LETTER_CORRECT = re.compile(r"(?:^|(?<=[\s\"']))\(?(?P<letter>[A-Z])\)?" + _CORRECT.pattern)
+_NEAR = 40  # characters in which the words before a place are looked for
+_SUPPOSED = re.compile(r"\b(?:if|whether)\s\W*$", re.IGNORECASE)
+_CHOSEN = re.compile(r"\b(?:choose|chose|pick|select|go\s+with|must\s+be)\s+", re.IGNORECASE)
+# "B is the answer, as it is cold" states nothing behind "answer ... is".
+_CALLED_ANSWER = re.compile(r"\b(?:is|was|be)\s+(?:the|an?|my)\s+(?:\w+\s+)?$", re.IGNORECASE)
+_NEXT_CLAUSE = re.compile(
+    r"[^?!:]*?(?:[,;]|\b(?:because|since|as|and|but|while|so|which|whereas|though|whether|how|why|what)\b)(?!.*\banswer\b)",
+    re.IGNORECASE,
+)
+# What follows a statement that names nothing: its end, a denial ("the answer is not (B)") or a remark ("is clear").
+_NAMES_NOTHING = re.compile(r"\W*(?:$|(?:not|clear|obvious|evident|simple|easy|straightforward|that|because|based)\b)")
 
 
 def find_choice(output: str, choices: Sequence[str]) -> int | None:
@@ -36,16 +65,20 @@ def find_choice(output: str, choices: Sequence[str]) -> int | None:
     The first rule that finds one decides:
 
     1. the text is an option, word for word;
-    2. its first line is a letter (``B``, ``(B)``, ``B.``, ``b``), a letter and a text, or an option's text;
-    3. the last statement of an answer ("the answer is (B)", "Answer: the moon", "(B) is correct");
-    4. the text begins with an option, set off from what follows ("No, because ...");
-    5. the option mentioned last, by its text or as ``(B)`` or ``option B``, or else the letter at the very end.
+    2. its first line is a letter (``B``, ``(B)``, ``[B]``, ``B.``, ``b``), a letter and a text, or an option's text;
+    3. the last statement of an answer ("the answer is (B)", "Answer: the moon");
+    4. what is called the answer or chosen last ("(B) is correct", "the moon is the answer", "I choose B because ...");
+    5. the text begins with an option, set off from what follows ("No, because ...", "B because ...");
+    6. the option mentioned last, by its text or as ``(B)`` or ``option B``, or else the letter at the very end.
 
-    A letter in front does not count where a statement follows, or other options follow with their letters.
+    A letter in front does not count where a statement follows, or other options follow with their letters. A last
+    statement that names something else ("the answer is Jupiter") is not passed over: by the rules from 3 on, nothing
+    before it counts.
 
-    Options' texts count as whole words only, the longest at each place, and the other way round when negated (see
-    ``mentions``). Where letter and text disagree, as in ``B) <text of A>``, the letter counts: it is what was asked
-    for. "A or B" chooses nothing. A question that the model made up afterwards is not read.
+    Options' texts count as whole words only, the longest at each place, without their article too, and the other way
+    round when negated (see ``mentions``). Where letter and text disagree, as in ``B) <text of A>``, the letter counts:
+    it is what was asked for. "A or B" chooses nothing, nor do texts so joined, "positive or negative" (see
+    ``alternatives``). A question that the model made up afterwards is not read.
 
     Args:
         output: a generated text.
@@ -63,12 +96,17 @@ def find_choice(output: str, choices: Sequence[str]) -> int | None:
     for index, choice in enumerate(choices):
         if choice.strip() == output.strip():
             return index
-    text = clean(before_next_question(output))
-    if not text:
-        return None
+    text = round_brackets(clean(before_next_question(output)))
     options = read_options(choices)
-    named = mentions(text, options)
-    for rule in (_first_line, _stated, _leading, _last):
+    named: Sequence[Mention] = mentions(text, options)
+    for start, end in alternatives(text, named):  # struck out, so that letters in front of the texts go as well
+        text, named = _struck_out(text, named, start, end)
+    for rule in (_first_line, _stated):
+        found = rule(text, options, named)
+        if found is not None:
+            return found
+    text, named = _struck_out(text, named, 0, _other_answer(text))
+    for rule in (_called_correct, _leading, _last):
         found = rule(text, options, named)
         if found is not None:
             return found
@@ -98,6 +136,12 @@ def choice_of(answer: str, choices: Sequence[str]) -> int:
             return names.index(words)
     shown = ", ".join(repr(choice if len(choice) <= 40 else choice[:37] + "...") for choice in choices)
     raise ValueError(f"Expected the answer to be one of the choices ({shown}), but got {answer!r}.")
+
+
+def _struck_out(text: str, named: Sequence[Mention], start: int, end: int) -> tuple[str, list[Mention]]:
+    """A text with one part made illegible, so that all places stay, and the mentions that are left."""
+    legible = [mention for mention in named if mention.end <= start or mention.start >= end]
+    return text[:start] + "_" * (end - start) + text[end:], legible
 
 
 def _first_line(text: str, options: Options, named: Sequence[Mention]) -> int | None:
@@ -149,12 +193,33 @@ def _behind_colon(content: str, options: Options) -> int | None:
 
 
 def _stated(text: str, options: Options, named: Sequence[Mention]) -> int | None:
-    places = [(found.end(), found) for found in STATEMENT.finditer(text)]
-    for start, _ in reversed(places):
-        chosen = _at_statement(text, start, options, named)
-        if chosen is not None:
+    for statement in reversed(_statements(text)):
+        chosen = _at_statement(text, statement.end(), options, named)
+        if chosen is not None or _names_something(text, statement):
             return chosen
-    return _called_correct(text, options, named)
+    return None
+
+
+def _statements(text: str) -> list[re.Match[str]]:
+    """Where an answer is stated, but for "B is the answer because it is ..."."""
+    return [
+        found
+        for found in STATEMENT.finditer(text)
+        if not (
+            _CALLED_ANSWER.search(text, max(0, found.start() - _NEAR), found.start())
+            and _NEXT_CLAUSE.match(text, *found.span())
+        )
+    ]
+
+
+def _other_answer(text: str) -> int:
+    """Where the last statement that names something starts, once it is known to name no option; 0 without any."""
+    return max((found.start() for found in _statements(text) if _names_something(text, found)), default=0)
+
+
+def _names_something(text: str, statement: re.Match[str]) -> bool:
+    """Whether an answer follows, be it an option or not; a loose match ("answer; because it is ...") does not say."""
+    return not (_NEXT_CLAUSE.match(text, *statement.span()) or _NAMES_NOTHING.match(text, statement.end()))
 
 
 def _at_statement(text: str, start: int, options: Options, named: Sequence[Mention]) -> int | None:
@@ -170,11 +235,26 @@ def _at_statement(text: str, start: int, options: Options, named: Sequence[Menti
 
 def _called_correct(text: str, options: Options, named: Sequence[Mention]) -> int | None:
     found = [(mention.start, mention.option) for mention in named if _CORRECT.match(text, mention.end)]
-    for letter in _LETTER_CORRECT.finditer(text):
-        option = options.by_letter(letter["bare"])
-        if option is not None:
-            found.append((letter.start(), option))
-    return max(found)[1] if found else None
+    letters = [(letter.start(), letter["letter"]) for letter in _LETTER_CORRECT.finditer(text)]
+    for verb in _CHOSEN.finditer(text):
+        letter = _STATED_LETTER.match(text, verb.end())
+        if letter:
+            letters.append((verb.start(), letter["bracketed"] or letter["bare"] or letter["small"]))
+    words = tokens(text)
+    for start, name in letters:
+        option = _unless_denied(text, words, start, options.by_letter(name), options)
+        if option is not None and not any(mention.start <= start < mention.end for mention in named):
+            found.append((start, option))
+    return max(
+        (place for place in found if not _SUPPOSED.search(text, max(0, place[0] - _NEAR), place[0])), default=(0, None)
+    )[1]
+
+
+def _unless_denied(text: str, words: Sequence[Token], start: int, option: int | None, options: Options) -> int | None:
+    """The option of a letter that starts there; negated, the other one of two, and none of three or more."""
+    if option is None or not negation(text, [word for word in words if word.end <= start], start):
+        return option
+    return 1 - option if len(options.letters) == 2 else None
 
 
 def _leading(text: str, options: Options, named: Sequence[Mention]) -> int | None:
@@ -183,8 +263,10 @@ def _leading(text: str, options: Options, named: Sequence[Mention]) -> int | Non
         return options.by_letter(letter["bracketed"] or letter["bare"])
     words = tokens(text)
     first = named[0] if named and words and named[0].start == words[0].start else None
-    is_set_off = first is not None and re.match(rf"[\"')]*(?:[.,;:!?\n]|$)|{_REASON}", text[first.end :])
-    return first.option if first and is_set_off else None
+    if first and re.match(rf"[\"')]*(?:[.,;:!?\n]|$)|{_REASON}", text[first.end :]):
+        return first.option
+    reasoned = _LETTER_REASON.match(text)
+    return options.by_letter(reasoned["bracketed"] or reasoned["bare"]) if reasoned else None
 
 
 def _last(text: str, options: Options, named: Sequence[Mention]) -> int | None:
@@ -197,12 +279,12 @@ def _last(text: str, options: Options, named: Sequence[Mention]) -> int | None:
             continue  # "carbon (C)" is an option's text
         if any(letter.end() - 1 in letters for letters in several):
             continue
-        option = options.by_letter(letter["bracketed"] or letter["bare"])
-        negator = negation(text, [word for word in words if word.end <= letter.start()], letter.start())
-        if option is None or (negator and len(options.letters) != 2):
-            continue
-        found.append((letter.start(), 1 - option if negator else option))
-        behind_letter |= {mention for mention in named if text[letter.end() : mention.start].isspace()}
+        option = _unless_denied(
+            text, words, letter.start(), options.by_letter(letter["bracketed"] or letter["bare"]), options
+        )
+        if option is not None:
+            found.append((letter.start(), option))
+            behind_letter |= {mention for mention in named if text[letter.end() : mention.start].isspace()}
     found += [(mention.start, mention.option) for mention in named if mention not in behind_letter]
     return max(found)[1] if found else _letter_at_end(text, options)
 
@@ -211,8 +293,4 @@ def _letter_at_end(text: str, options: Options) -> int | None:
     letter = _LETTER_AT_END.search(text)
     if not letter or any(letter.start() < several.end() for several in _SEVERAL.finditer(text)):
         return None
-    negator = negation(text, [word for word in tokens(text) if word.end <= letter.start()], letter.start())
-    option = options.by_letter(letter["bare"])
-    if option is None or not negator:
-        return option
-    return 1 - option if len(options.letters) == 2 else None
+    return _unless_denied(text, tokens(text), letter.start(), options.by_letter(letter["bare"]), options)

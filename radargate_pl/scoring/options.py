@@ -1,10 +1,12 @@
 """The options of a multiple-choice question, and where a text mentions them."""
 
 import functools
+import itertools
 import re
 import string
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +18,18 @@ _LABELLED = re.compile(
 )
 _NEGATORS = frozenset({"not", "never", "neither", "nor", "cannot", "non", "no"})
 _NEGATOR_REACH = 3  # words: "not at all acceptable"
+_ARTICLES = frozenset({"a", "an", "the"})
+# "no or yes" denies nothing, "not positive but negative" only what stands before "but".
+_NEGATION_ENDS = re.compile(r"\s*(?:/|\b(?:or|and)\b)|[^.,;:!?\n]*(?:[.,;:!?\n]|\bbut\b)")
+_LABEL = r"\(?[A-Z][.):]\s*"
+_JOINT = re.compile(
+    r"[\s\"')]*(?:(?:,\s*)?\b(?P<word>n?or|and(?:/or)?|as\s+well\s+as)\b|,|(?P<slash>/))"
+    rf"[\s\"'(]*(?:\b(?:is\s+it|an?|the|option|choice)\s+)*(?P<label>{_LABEL})?[\"']*"
+)
+_LABEL_BEFORE = re.compile(rf"{_LABEL}$")
+# Where "X and Y" or "X, Y" is no list: "X, and Y is too hot", "yes, no doubt".
+_NEW_CLAUSE = re.compile(r"[\"')]*\s+(?:is|was|has|does)\b")
+_CLAUSE_END = re.compile(r"[\"')]*\s*(?:[.;:!?\n]|$)")
 
 
 class Token(NamedTuple):
@@ -128,28 +142,29 @@ def read_options(choices: Sequence[str]) -> Options:
 def mentions(text: str, options: Options) -> list[Mention]:
     """Where the options' texts and labels stand as whole words, the longest at each place, in order.
 
-    A mention that is negated ("not acceptable", "isn't a duplicate") names the other one of two options, and none of
-    three or more; "neither positive nor negative" names none.
+    A text counts without its article as well ("moon" for "the moon") unless that names another option too. A mention
+    that is negated ("not acceptable", "isn't a duplicate") names the other one of two options, and none of three or
+    more; "neither positive nor negative" names none.
 
     Args:
         text: as ``clean`` gives it.
         options: the options.
     """
     words = tokens(text)
-    phrases = [(phrase, index) for index, phrase in enumerate(options.phrases) if phrase]
-    phrases += [(label, index) for index, label in enumerate(options.labels) if label]
+    names = _names(options)
     found: list[Mention] = []
     denied: tuple[int, int] | None = None  # the option taken back last, and where its text ends
     position = 0
-    phrases.sort(key=lambda entry: -len(entry[0]))  # stable: of two equal options the first
     while position < len(words):
-        match = next((entry for entry in phrases if _stands_at(entry[0], words, position)), None)
+        match = next((entry for entry in names if _stands_at(entry[0], words, position)), None)
         if match is None:
             position += 1
             continue
         phrase, option = match
         end = position + len(phrase)
         negator = negation(text, words[:position], words[position].start)
+        if negator and negator.text == "nor" and found and denied is None:
+            negator = negator if text[found[-1].end : negator.start].strip(" ,") else None  # "positive nor negative"
         if negator is None:
             found.append(Mention(option, words[position].start, words[end - 1].end))
             denied = None
@@ -161,6 +176,64 @@ def mentions(text: str, options: Options) -> list[Mention]:
             found.append(Mention(1 - option, negator.start, words[end - 1].end))
         position = end
     return found
+
+
+def alternatives(text: str, named: Sequence[Mention]) -> list[tuple[int, int]]:
+    """Where different options are joined by "or", "nor", "and", "as well as", "/" or commas: "positive or negative".
+
+    Args:
+        text: as ``clean`` gives it.
+        named: its mentions.
+
+    Returns:
+        Start and end of each list; a letter in front belongs to it where the others have theirs as well.
+    """
+    spans = []
+    first = 0
+    for last in range(len(named)):
+        if last + 1 < len(named) and _are_joined(text, named[last], named[last + 1]):
+            continue
+        run = named[first : last + 1]
+        first = last + 1
+        if len({mention.option for mention in run}) > 1 and (start := _list_start(text, run)) is not None:
+            spans.append((start, run[-1].end))
+    return spans
+
+
+def _are_joined(text: str, one: Mention, other: Mention) -> bool:
+    """Whether only a joint stands between two mentions, or nothing between an option's label and its own text."""
+    is_own = text[one.start : one.end].casefold() != text[other.start : other.end].casefold()
+    is_own &= one.option == other.option and not re.search(r"[^\s:()\"']", text[one.end : other.start])
+    return is_own or _JOINT.fullmatch(text, one.end, other.start) is not None
+
+
+def _list_start(text: str, run: Sequence[Mention]) -> int | None:
+    """Where a list of these mentions starts; None if they are none but an answer and what is said of another."""
+    start, end = run[0].start, run[-1].end
+    joints = [_JOINT.fullmatch(text, one.end, other.start) for one, other in itertools.pairwise(run)]
+    words = {joint["word"] or joint["slash"] or "," for joint in joints if joint}
+    if words <= {",", "and"}:
+        is_determiner = text[run[-1].start : end].casefold() == "no" and re.match(r"\s+\w", text[end:])
+        if is_determiner or _NEW_CLAUSE.match(text, end):
+            return None
+    if words == {","} and not _CLAUSE_END.match(text, end):
+        return None
+    label = _LABEL_BEFORE.search(text, max(0, start - 8), start)
+    if label and (label[0].strip() == "A:" or any(joint and joint["label"] for joint in joints)):
+        return label.start()
+    return start
+
+
+def _names(options: Options) -> list[tuple[tuple[str, ...], int]]:
+    """What names an option, and which, the longest first; of two equal ones the first option."""
+    full = [*enumerate(options.phrases), *enumerate(options.labels)]
+    names = [(phrase, index) for index, phrase in full if phrase]
+    bare = [
+        (phrase[1:], index) for index, phrase in enumerate(options.phrases) if phrase[:1] and phrase[0] in _ARTICLES
+    ]
+    taken = Counter([*options.phrases, *options.labels, *(phrase for phrase, _ in bare)])
+    names += [entry for entry in bare if taken[entry[0]] == 1 and len("".join(entry[0])) > 1]  # "the C": a letter
+    return sorted(names, key=lambda entry: -len(entry[0]))
 
 
 def _is_nor(between: str) -> bool:
@@ -177,7 +250,7 @@ def negation(text: str, before: Sequence[Token], start: int) -> Token | None:
     """
     near = before[-_NEGATOR_REACH:]
     for index, word in enumerate(near):
-        if word.text in _NEGATORS and not re.search(r"[.,;:!?\n]", text[word.end : start]):
+        if word.text in _NEGATORS and not _NEGATION_ENDS.match(text, word.end, start):
             return None if {"only", "just"} & {later.text for later in near[index + 1 :]} else word
     return None
 

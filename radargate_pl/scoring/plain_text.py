@@ -16,6 +16,11 @@ _ONE_SPELLING = str.maketrans(
         "\u066c": ",",  # Arabic thousands separator
     }
 )
+# "[B]" and "<B>", but not "k[B]" nor marks around a word as in "<B>moon</B>"; "[b]" where the line ends.
+_OTHER_BRACKETS = re.compile(
+    r"(?<![\w\])\[])(?:\[{1,2}(?P<square>[A-Z]|[a-z](?=\]{1,2}[.)\"'\s]*(?:\n|$)))\]{1,2}|<(?P<pointed>[A-Z])>)"
+    r"(?![^\[<\n]*[\[<]/)"
+)
 _NEXT_QUESTION = re.compile(r"\n\s*(?:question|problem|q)\s*:", re.IGNORECASE)
 # "The answer is ...", "Answer: ...", "the correct option would be ...": what follows is the answer.
 STATEMENT = re.compile(
@@ -53,6 +58,19 @@ def before_next_question(text: str) -> str:
     text = text.strip()
     found = _NEXT_QUESTION.search(text)
     return text[: found.start()] if found else text
+
+
+def round_brackets(text: str) -> str:
+    """The text with single letters in other brackets, ``[B]``, ``[[B]]`` and ``<B>``, in round ones.
+
+    Args:
+        text: a generated text.
+
+    Example:
+        >>> round_brackets("The answer is [B], not k[A]")
+        'The answer is (B), not k[A]'
+    """
+    return _OTHER_BRACKETS.sub(r"(\g<square>\g<pointed>)", text)
 
 
 def _digit(found: re.Match[str]) -> str:
