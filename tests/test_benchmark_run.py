@@ -241,10 +241,10 @@ def test_private_texts_do_not_come_back_through_what_the_model_wrote(
 ) -> None:
     options = ["a secret crystal", "some other thing", "a third of them", "the secret glass"]
     line = {"inputs": {"question": "secret?"}, "choices": options, "answer": options[3], "answer_index": 3}
-    text = "It is a secret crystal or glass. The answer is (D)."
+    text = "It is a secret crystal or glass. The answer is (C)."  # the third in the order of hashes
     row = written(tmp_path / "root", "gpqa", line, text, monkeypatch)
     assert row["output"] == hashlib.sha256(text.encode()).hexdigest()
-    assert (row["extracted"], row["answer"], row["correct"], row["choices"]) == ("D", "D", True, list("ABCD"))
+    assert (row["extracted"], row["answer"], row["correct"], row["choices"]) == ("C", "C", True, list("ABCD"))
     assert not [path for path in (tmp_path / "run").rglob("*.json*") if "secret" in path.read_text()]
 
 
@@ -271,6 +271,43 @@ def test_the_names_of_the_data_are_answers_too(
     line = {"inputs": {"sentence1": "It rains.", "sentence2": "It is wet."}, "answer": "entailment", "answer_index": 0}
     row = written(tmp_path / "root", "rte", line, f"It is {text}.", monkeypatch)
     assert (row["extracted"], row["correct"], row["answer"]) == (extracted, extracted == "True", "True")
+
+
+AQUA = {"source": "Which?", "target": "(B)", "choices": ["(A) 20", "(B) 26", "(C) 24"]}
+SENSE = {"source": "Which?", "target": "Sentence B", "choices": ["Sentence A: He ate it", "Sentence B: It ate him"]}
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "text", "chosen"),
+    [
+        ("cot_aqua", AQUA, "The answer is 26.", 1),
+        ("cot_aqua", AQUA, "3 * 8 = 24 codes, so the answer is (C) 24.", 2),
+        ("cot_aqua", AQUA, "(B)", 1),
+        ("cot_aqua", AQUA, "I cannot say.", None),
+        ("cot_aqua", {**AQUA, "choices": ["20", "26", "24"]}, "The answer is 26.", 1),
+        ("cot_qasc", {**AQUA, "choices": ["(A) arms", "(B) a shell"]}, "Mussels have a shell.", 1),
+        ("cot_sensemaking", SENSE, "It ate him.", 1),
+        ("cot_sensemaking", SENSE, "The answer is Sentence A.", 0),
+    ],
+)
+def test_lettered_options_are_judged_as_radargate_score_judges_them(
+    task: str, line: dict[str, Any], text: str, chosen: int | None, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """From the predictions, with the choices that they name, and from the data's own file."""
+    row = written(tmp_path / "root", task, line, text, monkeypatch)
+    assert row["extracted"] == (None if chosen is None else row["choices"][chosen])
+    assert row["correct"] == (chosen == 1)
+    assert row["answer"] == row["choices"][1]
+    path, scores = tmp_path / "run" / "test" / task / "predictions.jsonl", tmp_path / "scores.jsonl"
+    words = ["score", str(path), "--task", task, "--output", str(scores), "--overwrite"]
+    for more in ([], ["--references", str(tmp_path / "root" / f"{task}.jsonl")]):
+        assert main([*words, *more]) == 0, capsys.readouterr().err
+        assert lines_of(scores) == [{"id": "x1", "extracted": row["extracted"], "correct": row["correct"]}]
+    of_data = tmp_path / "of_data.jsonl"
+    of_data.write_text(json.dumps({**line, "id": "x1", "output": text}) + "\n")
+    assert main(["score", str(of_data), "--task", task, "--output", str(scores), "--overwrite"]) == 0
+    shown = None if chosen is None else line["choices"][chosen]
+    assert lines_of(scores) == [{"id": "x1", "extracted": shown, "correct": row["correct"]}]
 
 
 def test_equal_options_are_counted_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

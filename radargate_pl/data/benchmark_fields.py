@@ -36,7 +36,7 @@ def read_line(benchmark: Benchmark, line: Line, fallback_id: str) -> Fields:
     """Read a line of a local file.
 
     It has `inputs`, `choices`, `answer`, `answer_index`; or it is a record as `FlanMixture` reads them; or it has the
-    hub's own columns.
+    hub's own columns. What is null counts as missing.
 
     Raises:
         ValueError: With the reason alone; the caller adds file and line.
@@ -55,9 +55,9 @@ def read_line(benchmark: Benchmark, line: Line, fallback_id: str) -> Fields:
     index = row.get("answer_index", row.get("target_index"))
     return _fields(
         benchmark,
-        identity=str(row.get("id", fallback_id)),
-        inputs={name: str(value) for name, value in inputs.items()},
-        options=_texts(row.get("choices")),
+        identity=_identity(row.get("id"), fallback_id),
+        inputs={name: str(value) for name, value in inputs.items() if value is not None},
+        options=_texts(row.get("choices"), "choices"),
         answers=answers,
         index=None if index is None else _integer(index, "answer_index"),
         solution=str(row.get("solution") or ""),
@@ -71,11 +71,11 @@ def read_row(benchmark: Benchmark, hub: HubLayout, row: Mapping[str, Any], where
     Raises:
         ValueError: With the reason alone.
     """
-    inputs = {name: str(_column(row, column)) for name, column in hub.inputs.items()}
+    inputs = {name: _text_column(row, column) for name, column in hub.inputs.items()}
     if hub.line_break:
         inputs = {name: text.replace(hub.line_break, "\n") for name, text in inputs.items()}
     found = [_column(row, column) for column in hub.choices]
-    options = _texts(found[0] if len(found) == 1 else found)
+    options = _texts(found[0] if len(found) == 1 else found, "choices")
     raw = _column(row, hub.answer)
     if raw is None or raw == -1:
         raise ValueError(f"no answer in column {hub.answer!r}: {raw}")
@@ -85,18 +85,27 @@ def read_row(benchmark: Benchmark, hub: HubLayout, row: Mapping[str, Any], where
     if hub.answer_is in ("number", "boxed"):
         solution = str(raw)
         answers = (number_behind_hashes(solution) if hub.answer_is == "number" else last_boxed(solution),)
-    elif isinstance(raw, int):
-        index, answers = raw, ()
     elif hub.answer_is == "letter":
-        letters = _texts(_column(row, hub.letters)) if hub.letters else tuple("ABCDEFGH"[: len(options)])
-        if str(raw).strip() not in letters:
-            raise ValueError(f"answer outside the choices: {raw!r} is none of {', '.join(letters)}")
-        index, answers = letters.index(str(raw).strip()), ()
-    elif benchmark.is_private:
-        options, answers = tuple(text.strip() for text in options), (str(raw).strip(),)
-        options = in_order_of_hashes(options, inputs)
-    identity = str(_column(row, hub.id)) if hub.id else fallback_id
+        letters = _texts(_column(row, hub.letters), "letters") if hub.letters else tuple("ABCDEFGH"[: len(options)])
+        index, answers = _behind_letter(raw, letters), ()
+    elif hub.answer_is != "text" and isinstance(raw, int):
+        index, answers = raw, ()
+    identity = _identity(_column(row, hub.id), fallback_id) if hub.id else fallback_id
     return _fields(benchmark, identity, inputs, options, answers, index, solution, where)
+
+
+def _behind_letter(answer: object, letters: tuple[str, ...]) -> int:
+    """Position of the choice with this letter; a number is one too where letters are numbers, else it counts from 0.
+
+    Raises:
+        ValueError: If no choice has it.
+    """
+    name = str(answer).strip()
+    if name in letters:
+        return letters.index(name)
+    if isinstance(answer, int) and not any(letter.isdigit() for letter in letters):
+        return answer  # the number of a class
+    raise ValueError(f"answer outside the choices: {answer!r} is none of {', '.join(letters)}")
 
 
 def _fields(
@@ -115,10 +124,31 @@ def _fields(
         return Fields(identity, inputs, (), None, answers, solution, where)
     if not options and not benchmark.labels:
         raise ValueError("no choices")
+    _check_choices(benchmark, options)
+    hub = benchmark.hub
+    if not (benchmark.is_private and options and hub is not None and hub.answer_is == "text"):
+        position = _position(benchmark, options, answers[0] if answers else None, index)
+        return Fields(identity, inputs, options, position, (), solution, where)
+    # Whoever wrote the answer as a text may have put it first, and an order of one's own is not that of the hub's rows.
+    options = tuple(text.strip() for text in options)
+    right = options[_position(benchmark, options, answers[0].strip() if answers else None, index)]
+    options = in_order_of_hashes(options, {name: inputs[name] for name in hub.inputs if name in inputs})
+    return Fields(identity, inputs, options, options.index(right), (), solution, where)
+
+
+def _check_choices(benchmark: Benchmark, options: tuple[str, ...]) -> None:
+    """Refuse choices of which one is right whatever a model thinks, and those that no model can choose.
+
+    Raises:
+        ValueError: With the reason alone.
+    """
+    if len(options) == 1:
+        raise ValueError("1 choice, expected 2 or more: there is nothing to choose from")
+    for number, option in enumerate(options, start=1):
+        if not option.strip():
+            raise ValueError(f"choice {number} of {len(options)} is empty, expected a text")
     if benchmark.labels and len(options) > len(benchmark.labels):
         raise ValueError(f"{len(options)} choices, but {benchmark.name} has labels for {len(benchmark.labels)}")
-    position = _position(benchmark, options, answers[0] if answers else None, index)
-    return Fields(identity, inputs, options, position, (), solution, where)
 
 
 def _position(benchmark: Benchmark, options: tuple[str, ...], answer: str | None, index: int | None) -> int:
@@ -150,6 +180,8 @@ def _position(benchmark: Benchmark, options: tuple[str, ...], answer: str | None
         raise ValueError(f"answer outside the choices: {answer} is none of {', '.join(shown)}")
     if not agrees:
         raise ValueError(f"answer and answer_index disagree: number {index} is another choice")
+    if position >= count:
+        raise ValueError(f"answer outside the choices: its label is number {position} of {count}")
     return position
 
 
@@ -207,18 +239,31 @@ def _column(row: Mapping[str, Any], column: str) -> Any:
     return value[inner]
 
 
+def _text_column(row: Mapping[str, Any], column: str) -> str:
+    value = _column(row, column)
+    if value is None:
+        raise ValueError(f"column {column!r} is null, expected a text")
+    return str(value)
+
+
+def _identity(value: object, fallback_id: str) -> str:
+    return fallback_id if value is None else str(value)
+
+
 def _mapping(value: object, name: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} is {type(value).__name__}, expected an object")
     return value
 
 
-def _texts(value: object) -> tuple[str, ...]:
+def _texts(value: object, name: str) -> tuple[str, ...]:
     """A list of texts as a tuple; None, the sign for no choices, as an empty one."""
     if value is None:
         return ()
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"choices are {type(value).__name__}, expected a list")
+        raise ValueError(f"{name} are {type(value).__name__}, expected a list")
+    if None in value:
+        raise ValueError(f"number {list(value).index(None) + 1} of {len(value)} {name} is null, expected a text")
     return tuple(str(item) for item in value)
 
 

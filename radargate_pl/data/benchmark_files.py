@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from radargate_pl.benchmarks import BENCHMARKS, GROUPS, NIV2, Benchmark, natural_instruction
 from radargate_pl.data.benchmark_fields import Fields, read_line, read_row
-from radargate_pl.data.files import SUFFIXES, FileSource
+from radargate_pl.data.files import SUFFIXES, FileSource, task_and_split
 from radargate_pl.data.hub import label_name, load
 from radargate_pl.data.records import SPLIT_WORDS, BadRecords
 
@@ -39,7 +39,8 @@ def find_benchmarks(tasks: str | Sequence[str], root: str | None) -> list[Benchm
         root: Folder that holds files, see `BenchmarkData`.
 
     Raises:
-        ValueError: If a name is unknown, or a benchmark has neither a file nor a place on the hub.
+        ValueError: If a name is unknown or stands for two files, or a benchmark has neither a file nor a place on the
+            hub.
     """
     folder = None if root is None else Path(root).expanduser()
     if folder is not None and not folder.is_dir():
@@ -52,13 +53,18 @@ def find_benchmarks(tasks: str | Sequence[str], root: str | None) -> list[Benchm
                 f"Expected files of natural instructions in {folder or 'root'}/{NIV2}/<category>/ for the group "
                 f"{NIV2!r}, but found none."
             )
+        if name == NIV2 and (taken := sorted(BENCHMARKS.keys() & instructions)):
+            raise ValueError(
+                f"Expected files of natural instructions to have names of their own, but {instructions[taken[0]][0]} "
+                f"is called like the benchmark {taken[0]!r}. Rename it."
+            )
         names.update(dict.fromkeys(instructions if name == NIV2 else GROUPS.get(name, (name,))))
     if not names:
         raise ValueError("Expected tasks to name at least one benchmark, but got none.")
     return [_source(name, folder, instructions) for name in names]
 
 
-def _source(name: str, root: Path | None, instructions: dict[str, Path]) -> BenchmarkSource:
+def _source(name: str, root: Path | None, instructions: dict[str, list[Path]]) -> BenchmarkSource:
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
         path = _file_of(name, root)
@@ -67,15 +73,34 @@ def _source(name: str, root: Path | None, instructions: dict[str, Path]) -> Benc
         # A fitting task belongs to the expert that was trained on it, wherever that is called by the task's own name.
         return BenchmarkSource(benchmark, path, name.removeprefix("cot_") if name.startswith("cot_") else None)
     if name in instructions:
-        category = instructions[name].parent.name
-        return BenchmarkSource(natural_instruction(name, category), instructions[name], category)
-    known = [*BENCHMARKS, *GROUPS, NIV2, *instructions]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        path, *others = instructions[name]
+        if others:  # of the same category too: nothing says which of a file and its packed copy is the newer one
+            raise ValueError(
+                f"Expected one file of natural instructions to be called {name!r}, but there are "
+                f"{' and '.join(map(str, [path, *others]))}. Rename or remove all but one."
+            )
+        return BenchmarkSource(natural_instruction(name, path.parent.name), path, path.parent.name)
+    near = _nearest(name, [*BENCHMARKS, *GROUPS, NIV2, *instructions])
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
         f"Expected tasks to name benchmarks, but there is no {name!r}: {meant}Groups are "
         f"{', '.join([*GROUPS, NIV2])}; all names are in radargate_pl/benchmarks."
     )
+
+
+def _nearest(name: str, known: Sequence[str]) -> list[str]:
+    """Known names that are spelled alike, or whose name in the paper is; up to three, the nearest first."""
+    spelled: dict[str, list[str]] = {}
+    for one in known:
+        for spelling in {one, BENCHMARKS[one].paper_name if one in BENCHMARKS else one}:
+            spelled.setdefault(_plain_spelling(spelling), []).append(one)
+    asked = _plain_spelling(name)
+    near = [asked] if asked in spelled else difflib.get_close_matches(asked, spelled, n=3, cutoff=0.4)
+    return list(dict.fromkeys(one for spelling in near for one in spelled[spelling]))[:3]
+
+
+def _plain_spelling(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def _stems(name: str) -> tuple[str, ...]:
@@ -90,13 +115,20 @@ def _file_of(name: str, root: Path | None) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
-def _natural_instructions(root: Path | None) -> dict[str, Path]:
-    """Files of natural instructions by name: below `root/niv2`, or below `root` where that is the folder itself."""
+def _natural_instructions(root: Path | None) -> dict[str, list[Path]]:
+    """Files of natural instructions by name: below `root/niv2`, or below `root` where that is the folder itself.
+
+    Files whose names say that they are for training or validation are left out: a test is not on them.
+    """
     if root is None:
         return {}
     folder = root if root.name == NIV2 else root / NIV2
     paths = sorted(path for suffix in SUFFIXES for path in folder.glob(f"*/*{suffix}"))
-    return {path.name.split(".")[0]: path for path in paths}
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        if task_and_split(path)[1] in (None, "test"):
+            found.setdefault(path.name.split(".")[0], []).append(path)
+    return found
 
 
 def _put(name: str) -> str:
@@ -104,6 +136,14 @@ def _put(name: str) -> str:
     return (
         f"Put its examples into ROOT/{_stems(name)[-1]}.jsonl and set data.root to ROOT: one JSON object a line with "
         "id, inputs (the names in the prompt), choices, answer."
+    )
+
+
+def _terms(dataset: str) -> str:
+    """What the hub asks for before it gives out a gated data set, which it may also call not found."""
+    return (
+        f"{dataset} is gated: its conditions must be accepted on https://huggingface.co/datasets/{dataset}, and "
+        "HF_TOKEN set to a token of the account that accepted them.\n"
     )
 
 
@@ -161,7 +201,8 @@ def _hub_fields(benchmark: Benchmark, bad_records: BadRecords) -> Iterator[Field
         try:
             rows = load(hub.dataset, hub.revision or None, split=hub.split, **place)
         except ValueError as error:
-            raise ValueError(f"Benchmark {benchmark.name}: {error}\nOr: {_put(benchmark.name)}") from error
+            terms = _terms(hub.dataset) if hub.is_gated else ""
+            raise ValueError(f"Benchmark {benchmark.name}: {error}\n{terms}Or: {_put(benchmark.name)}") from error
         for row in rows:
             named = {column: label_name(value, rows.features[column]) for column, value in row.items()}
             where = f"{hub.dataset} {config} {hub.split}:{number}"

@@ -11,6 +11,8 @@ from radargate_pl.scoring import Reference, judge
 
 PLACE = re.compile(r"\{(\w+)(?::(\w+))?\}")
 BETWEEN_EXAMPLES = "\n\n"
+LETTER = re.compile(r"(?:\w+ )?\(?([A-Z])\)?")  # a label that letters a choice, and is no answer of its own
+OWN_LETTER = re.compile(r"\(?(?:\w+\s+)?([A-Za-z])\s*[).:]\s*\S")
 
 
 class Item(NamedTuple):
@@ -22,7 +24,8 @@ class Item(NamedTuple):
         prompt: The rendered prompt, few-shot examples in front; the user's turn of a chat.
         choices: Ranking: what may follow the prompt. Generation: the options an answer is held against. () = open.
         answer_index: Position of the right choice; None for an open question.
-        references: Accepted answers as text, the first is the reference; the right choice where there are choices.
+        references: Accepted answers as text, the first is the reference; the right choice where there are choices, and
+            its label where the choices carry labels.
         where: File and line or data set and row, for messages.
     """
 
@@ -57,7 +60,11 @@ class ItemMaker:
         template = (protocol == "generation" and benchmark.generation_prompt) or benchmark.prompt
         self.template = (as_in_fit and benchmark.source_prompt) or template
         # An answer in words is held against the options that the prompt lists, not against their letters.
-        self.takes_options = protocol == "generation" and any(m[1] == "options" for m in PLACE.finditer(self.template))
+        lists_options = any(m[1] == "options" for m in PLACE.finditer(self.template))
+        self.takes_options = protocol == "generation" and lists_options
+        # Inputs that list the options themselves have them with letters, and an answer may be letter, text or both.
+        are_letters = bool(benchmark.labels) and all(map(LETTER.fullmatch, benchmark.labels))
+        self.joins_letters = protocol == "generation" and not lists_options and are_letters
 
     def items(self, shown: Sequence[Fields], scored: Sequence[Fields], bad_records: BadRecords) -> list[Item]:
         """Render the examples of `scored`, before each of them those of `shown` with their answers.
@@ -71,20 +78,20 @@ class ItemMaker:
         for example in shown:
             item = self._render(example, bad_records)
             if item is not None:
-                answer = example.solution or item.references[0]
+                answer = example.solution or item.references[-1 if self.joins_letters else 0]
                 front += item.prompt + gap(item.prompt) + answer + BETWEEN_EXAMPLES
         items = [self._render(example, bad_records) for example in scored]
         return [item._replace(prompt=front + item.prompt) for item in items if item is not None]
 
     def _render(self, example: Fields, bad_records: BadRecords) -> Item | None:
-        choices = self._choices(example)
         try:
+            choices = self._choices(example)
             prompt = render(self.template, example.inputs, example.options)
         except ValueError as error:
             bad_records.add(self.benchmark.name, example.where, str(error))
             return None
         index = example.answer_index
-        references = example.answers if index is None else (choices[index],)
+        references = example.answers if index is None else self._right(choices, index)
         if problem := self._unjudgeable(references, choices):
             bad_records.add(self.benchmark.name, example.where, problem)
             return None
@@ -104,7 +111,35 @@ class ItemMaker:
         labels = self.benchmark.labels
         if not labels or (self.takes_options and example.options):
             return example.options
+        if self.joins_letters and example.options:
+            return with_letters(labels, example.options)
         return labels[: len(example.options) or None]
+
+    def _right(self, choices: tuple[str, ...], index: int) -> tuple[str, ...]:
+        """The right choice; behind one with its letter the label alone, which is what the data have for the answer."""
+        if not self.joins_letters:
+            return (choices[index],)
+        return tuple(dict.fromkeys((choices[index], self.benchmark.labels[index])))
+
+
+def with_letters(labels: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
+    """Options with the labels that letter them: `(A) 20`, `Sentence A: ...`; those that have them stay as they are.
+
+    Args:
+        labels: In order, at least as many as options.
+        options: Texts, with letters of their own or without.
+
+    Raises:
+        ValueError: If their own letters are in another order, so that neither order nor letters can be trusted.
+    """
+    letters = [found[1] for label in labels if (found := LETTER.fullmatch(label))]
+    own = [found[1].upper() if (found := OWN_LETTER.match(option.strip())) else "" for option in options]
+    if own != letters[: len(own)] and len(set(own)) == len(own) and set(own) <= set(letters):
+        raise ValueError(f"choices are lettered {', '.join(own)}, expected {', '.join(letters[: len(own)])}")
+    joined = [label + (" " if label.endswith(")") else ": ") for label in labels]
+    return tuple(
+        option if own[number] == letters[number] else joined[number] + option for number, option in enumerate(options)
+    )
 
 
 def gap(prompt: str) -> str:

@@ -188,6 +188,10 @@ BAD = {
     "kind of index": (sst2(index="0"), "answer_index is '0', expected a whole number"),
     "more choices": (sst2(choices=["a", "b", "c"]), "3 choices, but sst2 has labels for 2"),
     "no JSON": ('{"id": ', "not JSON"),
+    "null input": ({**sst2(), "inputs": {"sentence": None, "idx": 3}}, "missing input 'sentence'; there are idx"),
+    "null choice": (sst2(choices=["negative", None]), "number 2 of 2 choices is null, expected a text"),
+    "one choice": (sst2(choices=["negative"]), "1 choice, expected 2 or more"),
+    "empty choice": (sst2(choices=["negative", " "]), "choice 2 of 2 is empty, expected a text"),
 }
 
 
@@ -199,6 +203,73 @@ def test_bad_rows_are_named_with_their_line(tmp_path, row, reason):
     assert f"sst2.jsonl:2: {reason}" in bad_records.problems[0]
     items, bad_records = read("sst2", root, policy="skip")
     assert ([item.id for item in items], bad_records.skipped) == (["good"], {"sst2": 1})
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "reason"),
+    [
+        (["a", None], "a", "number 2 of 2 choices is null"),
+        (["a"], "a", "1 choice, expected 2 or more"),
+        (["a", "", "c"], "a", "choice 2 of 3 is empty"),
+    ],
+)
+@pytest.mark.parametrize("protocol", ["ranking", "generation"])
+def test_choices_that_are_no_choice(tmp_path, choices, answer, reason, protocol):
+    root = write(tmp_path, "arc_easy.jsonl", {"inputs": {"question": "?"}, "choices": choices, "answer": answer})
+    items, bad_records = read("arc_easy", root, protocol=protocol)
+    assert items == []
+    assert f"arc_easy.jsonl:1: {reason}" in bad_records.problems[0]
+
+
+def test_a_label_beyond_the_choices_is_no_answer(tmp_path):
+    row = {"source": "Which?", "target": "(C)", "choices": ["(A) 1", "(B) 2"]}
+    _, bad_records = read("cot_aqua", write(tmp_path, "cot_aqua.jsonl", row))
+    assert "answer outside the choices: its label is number 2 of 2" in bad_records.problems[0]
+
+
+def test_an_id_of_null_is_none(tmp_path):
+    root = write(tmp_path, "sst2.jsonl", sst2(None), {**sst2(None), "inputs": {"sentence": "another", "note": None}})
+    items, bad_records = read("sst2", root)
+    assert not bad_records.problems
+    assert [item.id for item in items] == ["sst2-0", "sst2-1"]
+
+
+SENTENCES = ['"He ate."', '"It ate him."']
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "label", "expected"),
+    [
+        ("cot_aqua", ["(A) 20", "(B) 26", "(C) 24"], "(B)", ("(A) 20", "(B) 26", "(C) 24")),
+        ("cot_aqua", ["20", "26", "24"], "(B)", ("(A) 20", "(B) 26", "(C) 24")),
+        ("cot_aqua", ["A)20", "B)26", "C)24"], "(B)", ("A)20", "B)26", "C)24")),
+        ("cot_qasc", ["(A) O", "N"], "(B)", ("(A) O", "(B) N")),
+        (
+            "cot_sensemaking",
+            SENTENCES,
+            "Sentence B",
+            tuple(f"Sentence {a}: {b}" for a, b in zip("AB", SENTENCES, strict=True)),
+        ),
+        ("cot_aqua", None, "(B)", tuple(f"({letter})" for letter in "ABCDE")),
+    ],
+)
+def test_a_written_answer_is_held_against_letters_and_texts(tmp_path, name, choices, label, expected):
+    row = {"source": "Which?", "target": label, "choices": choices}
+    root = write(tmp_path, f"{name}.jsonl", {**row, "id": "a"}, {**row, "id": "b"})
+    (item,), bad_records = read(name, root, protocol="generation", shown=1)
+    assert not bad_records.problems
+    assert (item.choices, item.answer_index) == (expected, 1)
+    assert item.references == tuple(dict.fromkeys((expected[1], label)))
+    assert item.prompt == f"Which?\nAnswer: {label}\n\nWhich?\nAnswer:"  # shown as in training: the label alone
+    labels = BENCHMARKS[name].labels[: len(expected)]
+    ranked = read(name, root, shown=1)[0][0]
+    assert ranked == item._replace(choices=labels, references=(label,))
+
+
+def test_letters_in_another_order_say_two_things(tmp_path):
+    row = {"source": "Which?", "target": "(B)", "choices": ["(B) 26", "(A) 20"]}
+    _, bad_records = read("cot_aqua", write(tmp_path, "cot_aqua.jsonl", row), protocol="generation")
+    assert "cot_aqua.jsonl:1: choices are lettered B, A, expected A, B" in bad_records.problems[0]
 
 
 def test_ids_are_unique(tmp_path):
@@ -224,6 +295,54 @@ def test_places_of_files(tmp_path):
     assert places["cot_aqua"] == "flan_cot/aqua.test.jsonl"
     assert places["task1"] == "niv2/maths/task1.jsonl"
     assert places["wnli"] is places["gpqa"] is None
+
+
+def touched(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return [root / name for name in names]
+
+
+@pytest.mark.parametrize(
+    "second", ["mathematics/task1.jsonl", "language/task1.jsonl.gz", "language/task1.test.jsonl", "x/task1.parquet"]
+)
+def test_two_files_of_a_name_are_both_named(tmp_path, second):
+    paths = touched(tmp_path / "niv2", "language/task1.jsonl", second, "language/task2.jsonl")
+    for tasks in ("niv2", "task1"):
+        with pytest.raises(ValueError, match="one file of natural instructions to be called 'task1'") as caught:
+            find_benchmarks(tasks, str(tmp_path))
+        assert all(str(path) in str(caught.value) for path in paths[:2])
+    assert len(find_benchmarks(["task2", "sst2"], str(tmp_path))) == 2  # what is not asked for does not matter
+
+
+def test_files_for_training_are_not_tested_on(tmp_path):
+    touched(tmp_path / "niv2", "language/task1.train.jsonl", "language/task1.test.jsonl", "language/task2.train.jsonl")
+    (source,) = find_benchmarks("niv2", str(tmp_path))
+    assert source.path.name == "task1.test.jsonl"
+
+
+def test_a_file_that_is_called_like_a_benchmark_is_named(tmp_path):
+    (path,) = touched(tmp_path / "niv2", "language/sst2.jsonl")
+    with pytest.raises(ValueError, match=f"{path} is called like the benchmark 'sst2'"):
+        find_benchmarks("niv2", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("GLUE", "glue"),
+        ("OBQA", "openbookqa"),
+        ("ARC-HARD", "arc_challenge"),
+        ("MC-TEST", "mctest"),
+        ("Arc-Easy", "arc_easy"),
+        ("GSM8K", "gsm8k or cot_gsm8k"),
+        ("NIV2", "niv2"),
+    ],
+)
+def test_other_spellings_and_the_papers_names_are_known(name, meant):
+    with pytest.raises(ValueError, match=rf"there is no '{name}': did you mean {meant}\? "):
+        find_benchmarks(name, None)
 
 
 def test_an_unknown_name_gets_the_nearest(tmp_path):

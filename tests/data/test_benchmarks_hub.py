@@ -7,6 +7,8 @@ import pytest
 from benchmark_hub import GPQA_ROW, LAYOUTS, lay_out
 
 from radargate_pl.benchmarks import BENCHMARKS
+from radargate_pl.data import benchmark_files
+from radargate_pl.data.benchmark_fields import read_row
 from radargate_pl.data.benchmark_files import find_benchmarks, read_fields
 from radargate_pl.data.benchmark_items import ItemMaker
 from radargate_pl.data.hub import unreachable_message
@@ -23,8 +25,8 @@ def cache(tmp_path, monkeypatch):
     datasets.enable_progress_bars()
 
 
-def items_of(name, protocol=None, policy="raise"):
-    (source,) = find_benchmarks(name, None)
+def items_of(name, protocol=None, policy="raise", root=None):
+    (source,) = find_benchmarks(name, root)
     bad_records = BadRecords(policy)
     fields = read_fields(source, bad_records)
     items = ItemMaker(source.benchmark, protocol or source.benchmark.protocol).items([], fields, bad_records)
@@ -102,6 +104,29 @@ def test_gpqa_hides_where_the_right_choice_is(cache):
     )
 
 
+@pytest.mark.parametrize("answer", ["text", "index", "both", "label"])
+def test_a_file_of_gpqa_is_ordered_as_the_hub_is(cache, answer):
+    questions = [f"Made up {i}?" for i in range(40)]
+    rows = [{**GPQA_ROW, "Question": text, "Record ID": f"rec{i}"} for i, text in enumerate(questions)]
+    lay_out(cache, [{**LAYOUTS["gpqa"][0], "rows": rows}])
+    right = {"text": {"answer": "the right one"}, "index": {"answer_index": 1}, "label": {"answer": "(B)"}}
+    right["both"] = right["text"] | right["index"]
+    lines = [
+        {
+            **{"id": f"rec{i}", "inputs": {"domain": "none", "question": text}, **right[answer]},
+            "choices": ["wrong 1", " the right one" if answer != "both" else "the right one", "wrong 2", "wrong 3"],
+        }
+        for i, text in enumerate(questions)
+    ]
+    root = cache.parent / "root"
+    root.mkdir()
+    (root / "gpqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for protocol in ("ranking", "generation"):
+        found = [item._replace(where="") for item in items_of("gpqa", protocol, root=str(root))]
+        assert found == [item._replace(where="") for item in items_of("gpqa", protocol)]
+    assert {item.answer_index for item in found} == {0, 1, 2, 3}
+
+
 def test_nothing_of_gpqa_is_said_in_a_message(cache, caplog):
     lay_out(cache, [{**LAYOUTS["gpqa"][0], "rows": [{**GPQA_ROW, "Correct Answer": "secret", "Record ID": "rec9"}]}])
     rows = {
@@ -143,6 +168,42 @@ def test_a_missing_column_is_named(cache):
         items_of("gsm8k")
 
 
+def arc_row(key, letters="1234", **more):
+    texts = [f"text {letter}" for letter in letters]
+    row = {"id": "x1", "question": "Why?", "choices": {"text": texts, "label": list(letters)}, "answerKey": key}
+    return read_row(BENCHMARKS["arc_easy"], BENCHMARKS["arc_easy"].hub, {**row, **more}, "here", "fallback")
+
+
+@pytest.mark.parametrize(
+    ("key", "letters", "index"), [(2, "12", 1), (1, "12", 0), ("2", "1234", 1), ("B", "AB", 1), (1, "AB", 1)]
+)
+def test_a_number_is_a_letter_where_letters_are_numbers(key, letters, index):
+    assert arc_row(key, letters).answer_index == index
+
+
+def test_a_number_that_is_no_letter_is_refused():
+    with pytest.raises(ValueError, match="answer outside the choices: 0 is none of 1, 2"):
+        arc_row(0, "12")
+    with pytest.raises(ValueError, match="answer outside the choices: number 2 of 2"):
+        arc_row(2, "AB")
+
+
+def test_null_in_a_row_is_missing():
+    assert arc_row("1", id=None).id == "fallback"
+    with pytest.raises(ValueError, match="column 'question' is null, expected a text"):
+        arc_row("1", question=None)
+    with pytest.raises(ValueError, match="number 2 of 2 choices is null"):
+        arc_row("1", choices={"text": ["a", None], "label": ["1", "2"]})
+
+
+def test_an_answer_in_numbers_is_a_text_where_answers_are_texts():
+    """Not the position of a choice."""
+    gpqa = BENCHMARKS["gpqa"]
+    row = {**GPQA_ROW, "Correct Answer": 1, "Incorrect Answer 1": 2, "Incorrect Answer 2": 3, "Incorrect Answer 3": 4}
+    fields = read_row(gpqa, gpqa.hub, row, "here", "fallback")
+    assert fields.options[fields.answer_index] == "1"
+
+
 def test_a_hidden_label_is_no_answer(cache):
     (part,) = LAYOUTS["sst2"]
     lay_out(cache, [{**part, "rows": [{**part["rows"][0], "label": -1}]}])
@@ -176,6 +237,24 @@ def test_without_network_or_file_the_message_says_what_to_put_where(cache):
     assert "hf download openai/gsm8k --repo-type dataset --local-dir openai--gsm8k" in message
     assert str(cache / "datasets" / "openai--gsm8k") in message
     assert "ROOT/gsm8k.jsonl" in message
+
+
+def test_a_gated_data_set_says_what_it_takes(monkeypatch):
+    """Also where the hub only says that there is none, as it does without a token."""
+
+    def refused(dataset, revision, **_):
+        raise ValueError(unreachable_message(dataset, revision, ConnectionError("not found")))
+
+    monkeypatch.setattr(benchmark_files, "load", refused)
+    with pytest.raises(ValueError, match="neither") as caught:
+        items_of("gpqa")
+    message = str(caught.value)
+    page = "https://huggingface.co/datasets/Idavidrein/gpqa"
+    assert f"Idavidrein/gpqa is gated: its conditions must be accepted on {page}, and HF_TOKEN set" in message
+    assert "ROOT/gpqa.jsonl" in message
+    with pytest.raises(ValueError, match="neither") as caught:
+        items_of("gsm8k")
+    assert "HF_TOKEN" not in str(caught.value)
 
 
 def test_a_gated_data_set_is_asked_for_on_its_page():
