@@ -63,6 +63,9 @@ class CompiledLayers:
         trains = torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad
         if self.failure is not None or is_recorded or has_cache or not trains:
             return type(layer).forward(layer, *args, **options)
+        for mixture in mixtures:
+            # Not left to the graph: one that drops them itself is bound to the inputs of its own layer.
+            mixture.shared_input.drop_plans()
         used: list[Callable[..., Any]] = []
         run = partial(self._run, used, layer, plain, **options)
         if layer.gradient_checkpointing and layer.training:

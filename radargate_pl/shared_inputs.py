@@ -92,7 +92,7 @@ class SharedInput:
             x: its input, (..., in).
         """
         if torch.is_grad_enabled():
-            self._drop_plans()
+            self.drop_plans()
             return None
         if self._thread is not None and self._thread != threading.get_ident():
             return None
@@ -118,8 +118,11 @@ class SharedInput:
             self._content = x.clone() if self._version is None else None
         return self._take(layer)
 
-    def _drop_plans(self) -> None:
-        """With gradients an optimiser may step next, and a fused one leaves no trace in the versions."""
+    def drop_plans(self) -> None:
+        """Drop what was made from parameters, and keep what was seen.
+
+        With gradients an optimiser may step next, and a fused one leaves no trace in the versions.
+        """
         if self._has_plans:
             for group in self._groups.values():
                 group.plan = None

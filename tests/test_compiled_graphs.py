@@ -1,0 +1,69 @@
+"""Graphs of the decoder layers, traced and never lowered: how many there are, and what drops or keeps them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import LLAMA, assert_same_gradients, batch_of, gradients, left_padded, network_of
+
+from radargate_pl.compiled_layers import CompiledLayers
+from radargate_pl.execution import Execution
+from radargate_pl.networks import GatedNetwork
+
+NOISE = 1e-5  # of a float64 gradient: the backbone's norms compute in float32
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # the compiler's own use of torch
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch):
+    """Graphs run as they were traced: lowering them takes most of the time and is tested elsewhere."""
+
+    def count(self: CompiledLayers, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        self.graphs += 1
+        return graph
+
+    monkeypatch.setattr(CompiledLayers, "_compile", count)
+
+
+def compiled(kind: str = "llama", **options: object) -> GatedNetwork:
+    return network_of(kind, execution=Execution(compile=True), **options).double().train()
+
+
+def eager(kind: str = "llama", **options: object) -> GatedNetwork:
+    return network_of(kind, execution=Execution(compile=False), **options).double().train()
+
+
+def generated(network: GatedNetwork) -> torch.Tensor:
+    batch = left_padded(batch_of("llama"))
+    prompts = {name: batch[name] for name in ("input_ids", "attention_mask", "expert")}
+    return network.generate(**prompts, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+
+
+def plans_of(network: GatedNetwork) -> list[object]:
+    groups = [group for layer in network.layers.values() for group in layer.shared_input._groups.values()]
+    return [group.plan for group in groups if group.plan is not None]
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=["kept", "recomputed"])
+def test_layers_share_their_graphs_before_and_after_a_generation(monkeypatch, options):
+    monkeypatch.setitem(tiny_models.KINDS, "deep", ("LlamaForCausalLM", {**LLAMA, "num_hidden_layers": 5}))
+    network, batch = compiled("deep", **options), batch_of("llama")
+    gradients(network, batch)
+    graphs = network.applied_execution.compiled.graphs
+    assert 1 <= graphs <= 2
+    for _ in range(2):
+        generated(network)
+        assert plans_of(network)
+        found = gradients(network, batch)
+        assert network.applied_execution.compiled.graphs == graphs
+        # An optimiser may step now, and a fused one would leave no trace.
+        assert not plans_of(network)
+    assert_same_gradients(found, gradients(eager("deep", **options), batch), NOISE)
+    torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.5, fused=True).step()
+    assert torch.equal(generated(network), generated(copy.deepcopy(network)))
