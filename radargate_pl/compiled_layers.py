@@ -77,10 +77,8 @@ class CompiledLayers:
     ) -> Any:
         if used:  # recomputed in the backward pass, which expects the tensors of the very same code
             return used[0](layer, *args, **options)
-        if plain not in self._functions:
-            self._functions[plain] = partial(self._call, self._compiled(plain))
+        used.append(self._function_of(plain))
         before, begun = self.graphs, time.perf_counter()
-        used.append(self._functions[plain])
         try:
             return used[0](layer, *args, **options)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
@@ -90,6 +88,16 @@ class CompiledLayers:
         finally:
             if self.graphs > before:
                 self.seconds += time.perf_counter() - begun
+
+    def _function_of(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        if plain not in self._functions:
+            try:
+                compiled = self._compiled(plain)
+            except RuntimeError as error:  # torch.compile refuses: this Python is too new for it, or built without GIL
+                self._give_up(error)
+                return plain
+            self._functions[plain] = partial(self._call, compiled)
+        return self._functions[plain]
 
     def _call(self, compiled: Callable[..., Any], *args: Any, **options: Any) -> Any:
         with torch.compiler.set_stance("eager_on_recompile" if self.graphs >= MAX_GRAPHS else "default"):

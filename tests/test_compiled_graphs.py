@@ -67,3 +67,18 @@ def test_layers_share_their_graphs_before_and_after_a_generation(monkeypatch, op
     assert_same_gradients(found, gradients(eager("deep", **options), batch), NOISE)
     torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.5, fused=True).step()
     assert torch.equal(generated(network), generated(copy.deepcopy(network)))
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=["kept", "recomputed"])
+def test_a_torch_that_refuses_to_compile_costs_one_warning(monkeypatch, options):
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("torch.compile is not supported on Python 3.99+")
+
+    network, batch = compiled(**options), batch_of("llama")
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.warns(UserWarning, match=r"not supported on Python 3\.99.*execution\.compile: false") as told:
+        found = [gradients(network, batch) for _ in range(2)]
+    assert len(told) == 1
+    assert "compile: no (RuntimeError: torch.compile is not supported" in network.applied_execution.line()
+    for each in found:
+        assert_same_gradients(each, gradients(eager(**options), batch), 1e-12)
