@@ -100,7 +100,10 @@ class CompiledLayers:
         return self._functions[plain]
 
     def _call(self, compiled: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        with torch.compiler.set_stance("eager_on_recompile" if self.graphs >= MAX_GRAPHS else "default"):
+        stance = "eager_on_recompile" if self.graphs >= MAX_GRAPHS else "default"
+        # Under DDP torch would cut each graph at the buckets, so that gradients travel before the backward pass of a
+        # large graph ends. One decoder layer is short enough to wait for, and every piece would count as a graph.
+        with torch.compiler.set_stance(stance), torch._dynamo.config.patch(optimize_ddp=False):
             return compiled(*args, **options)
 
     def _compiled(self, plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+import torch.distributed
 from tiny_models import LLAMA, assert_same_gradients, batch_of, gradients, left_padded, network_of
 
 from radargate_pl.compiled_layers import CompiledLayers
 from radargate_pl.execution import Execution
+from radargate_pl.losses import example_mean_cross_entropy
 from radargate_pl.networks import GatedNetwork
 
 NOISE = 1e-5  # of a float64 gradient: the backbone's norms compute in float32
@@ -82,3 +86,24 @@ def test_a_torch_that_refuses_to_compile_costs_one_warning(monkeypatch, options)
     assert "compile: no (RuntimeError: torch.compile is not supported" in network.applied_execution.line()
     for each in found:
         assert_same_gradients(each, gradients(eager(**options), batch), 1e-12)
+
+
+@pytest.fixture
+def buckets_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of one process, in which DDP exchanges every parameter on its own."""
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_buckets_of_ddp_do_not_cut_graphs_into_pieces(buckets_of_one):
+    network, batch = compiled(), batch_of("llama")
+    expected = gradients(eager(), batch)
+    exchanged = torch.nn.parallel.DistributedDataParallel(network, bucket_cap_mb=1e-6)
+    for _ in range(2):
+        network.zero_grad()
+        example_mean_cross_entropy(*exchanged(**batch), len(batch["input_ids"])).backward()
+    assert network.applied_execution.compiled.graphs == 1
+    found = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+    assert_same_gradients(found, expected, NOISE)
