@@ -83,7 +83,7 @@ class AppliedExecution:
         elif execution.compile == "auto":
             self.compilation = "no (auto: no fit has begun)"
 
-    def begin_fit(self, batches: float, device: torch.device, *, is_recorded: bool = False) -> None:
+    def begin_fit(self, batches: float | None, device: torch.device, *, is_recorded: bool = False) -> None:
         """Decide about "auto": compile if the fit is long enough to gain from it.
 
         It does for frozen experts under RadarGate or StretchGate, a decoder-only backbone of 50 million weights or more
@@ -93,6 +93,7 @@ class AppliedExecution:
 
         Args:
             batches: of the whole fit on this process; those before a resumption count, so that it decides as before.
+                ``None`` where nobody knows.
             device: where it runs.
             is_recorded: whether gates are recorded in every step, for auxiliary losses: such steps are never compiled.
         """
@@ -118,9 +119,10 @@ class AppliedExecution:
         self.compiled = CompiledLayers(self._model)
         self.compilation = "yes, each decoder layer"
 
-    def _reason_against(self, batches: float, device: torch.device, is_recorded: bool) -> str | None:
+    def _reason_against(self, batches: float | None, device: torch.device, is_recorded: bool) -> str | None:
         gates = {type(layer.gate) for layer in self._layers.values()}
         weights = sum(number_of_weights(parameter) for parameter in self._model.parameters())
+        number = math.inf if batches is None else batches
         reasons = {
             "no mixture": not gates,
             "no decoder layers of a known kind": not decoder_layers(self._model),
@@ -132,7 +134,8 @@ class AppliedExecution:
                 not _computes_in_bfloat16(self._model)
             ),
             f"{weights:,} weights are too few": weights < ENOUGH_WEIGHTS,
-            f"{'' if math.isinf(batches) else f'{int(batches):,} '}batches are too few": batches < ENOUGH_BATCHES,
+            "nobody knows how many batches": batches is None,
+            f"{number:,.0f} batches are too few": number < ENOUGH_BATCHES,
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import KINDS, batch_of, network_of
+from tiny_runs import FixedBatches, adapters, fit, gated_lm, two_row_batches
 from torch._inductor.exc import InvalidCxxCompiler
 
 from radargate_pl import execution as module
+from radargate_pl.callbacks import ExecutionReport
 from radargate_pl.compiled_layers import decoder_layers, missing_compiler
 from radargate_pl.execution import Execution
 from radargate_pl.gates import UniformGate
@@ -34,7 +37,7 @@ def suited(monkeypatch):
     monkeypatch.setattr(module, "missing_compiler", lambda device: None)
 
 
-def decided(batches: float = 1000, device: torch.device = CPU, is_recorded: bool = False, **options) -> str:
+def decided(batches: float | None = 1000, device: torch.device = CPU, is_recorded: bool = False, **options) -> str:
     network = network_of(options.pop("kind", "llama"), dtype=options.pop("dtype", "bfloat16"), **options)
     assert network.applied_execution.compiled is None
     network.applied_execution.begin_fit(batches, device, is_recorded=is_recorded)
@@ -46,6 +49,47 @@ def decided(batches: float = 1000, device: torch.device = CPU, is_recorded: bool
 def test_auto_compiles_long_fits_only(suited):
     assert decided(1000) == decided(math.inf) == "yes, each decoder layer"
     assert "999 batches are too few" in decided(999)
+    assert "nobody knows" in decided(None)
+
+
+class WithoutLength(FixedBatches):
+    """Batches that nobody can count before they are read."""
+
+    def train_dataloader(self) -> Any:
+        return (batch for batch in self.train)
+
+
+class BegunError(Exception):
+    """A fit has begun: it need not go on."""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"steps": 100_000, "max_epochs": 1}, 4),
+        ({"steps": 3, "max_epochs": 10}, 3),
+        ({"steps": 7}, 7),
+        ({"steps": 100_000, "max_epochs": 3, "limit_train_batches": 2}, 6),
+        ({"steps": -1, "max_epochs": 3, "accumulate_grad_batches": 2}, 12),
+        ({"steps": 5, "accumulate_grad_batches": 2}, 10),
+        ({"steps": -1, "max_epochs": -1}, math.inf),
+        ({"steps": 5, "max_epochs": 1, "module": WithoutLength}, 5),
+        ({"steps": -1, "max_epochs": 1, "module": WithoutLength}, None),
+    ],
+)
+def test_a_fit_is_as_long_as_the_first_of_its_ends(tmp_path, monkeypatch, options, expected):
+    begun: list[float | None] = []
+
+    def begin(self: object, batches: float | None, *_: object, **__: object) -> None:
+        begun.append(batches)
+        raise BegunError
+
+    monkeypatch.setattr(module.AppliedExecution, "begin_fit", begin)
+    batches = two_row_batches()
+    options = {**options, "module": options.get("module", FixedBatches)(batches.train, batches.evaluation)}
+    with pytest.raises(BegunError):
+        fit(gated_lm(adapters(tmp_path / "experts")), tmp_path / "run", ExecutionReport(), **options)
+    assert begun == [expected]
 
 
 def test_auto_leaves_alone_what_gains_nothing_or_was_never_measured(suited, monkeypatch):

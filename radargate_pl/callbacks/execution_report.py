@@ -15,8 +15,7 @@ class ExecutionReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Let the network decide, and say it."""
         applied = pl_module.built_network.applied_execution
-        steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
-        batches = float(steps) * trainer.accumulate_grad_batches
+        batches = batches_of_fit(trainer)
         applied.begin_fit(batches, pl_module.device, is_recorded=bool(pl_module.auxiliary_losses))
         rank_zero_info(f"execution: {applied.line()}")
 
@@ -25,3 +24,16 @@ class ExecutionReport(Callback):
         compiled = pl_module.built_network.applied_execution.compiled
         if compiled is not None and compiled.graphs:
             rank_zero_info(f"execution: compiled {compiled.graphs} graphs in {compiled.seconds:.1f} s")
+
+
+def batches_of_fit(trainer: Trainer) -> float | None:
+    """Batches of a whole fit on this process, at most; infinite for one that is to be stopped by hand or by the clock.
+
+    Args:
+        trainer: one whose fit has begun: before, it would load the data to count them.
+
+    Returns:
+        ``None`` if they cannot be known: epochs over data without a length, and no ``max_steps``.
+    """
+    steps = trainer.estimated_stepping_batches
+    return None if steps < 0 else float(steps * trainer.accumulate_grad_batches)
