@@ -25,7 +25,7 @@ class CompiledLayers:
     The graph holds for every batch size and length, so nothing is compiled anew for a longer batch. Eager code runs
     where nothing trains (validation, generation with its cache, the first layer, whose input needs no gradient), while
     gates are recorded, for what would need more than `MAX_GRAPHS` graphs, and for everything once compiling has failed:
-    with a warning, and to the same results.
+    with a warning, and to the same results. A copy, and what is unpickled, compiles graphs of its own.
 
     Args:
         model: the backbone with its mixtures; see `decoder_layers` for which have such layers.
@@ -37,8 +37,6 @@ class CompiledLayers:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        # Of the tracer itself, which looks at every attribute of what it traces.
-        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         self.graphs = 0
         self.seconds = 0.0
         self.failure: str | None = None
@@ -46,16 +44,18 @@ class CompiledLayers:
         self._layers = decoder_layers(model)
         for layer in self._layers:
             mixtures = tuple(moe_layers(layer).values())
-            vars(layer)["forward"] = partial(self._forward, layer, _plain_forward(layer), mixtures)
+            vars(layer)["forward"] = partial(self._forward, layer, mixtures)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was compiled: it counts for this object, and no process can be handed it."""
+        return {**vars(self), "graphs": 0, "seconds": 0.0, "_functions": {}}
 
     def remove(self) -> None:
         """Let the layers run as the model wrote them."""
         for layer in self._layers:
             vars(layer).pop("forward", None)
 
-    def _forward(
-        self, layer: Any, plain: Callable[..., Any], mixtures: Sequence[Any], *args: Any, **options: Any
-    ) -> Any:
+    def _forward(self, layer: Any, mixtures: Sequence[Any], *args: Any, **options: Any) -> Any:
         is_recorded = any(mixture.recorder is not None for mixture in mixtures)
         has_cache = options.get("past_key_values") is not None
         hidden = args[0] if args else options.get("hidden_states")
@@ -67,7 +67,7 @@ class CompiledLayers:
             # Not left to the graph: one that drops them itself is bound to the inputs of its own layer.
             mixture.shared_input.drop_plans()
         used: list[Callable[..., Any]] = []
-        run = partial(self._run, used, layer, plain, **options)
+        run = partial(self._run, used, layer, _plain_forward(layer), **options)
         if layer.gradient_checkpointing and layer.training:
             return layer._gradient_checkpointing_func(run, *args)
         return run(*args)
@@ -107,6 +107,8 @@ class CompiledLayers:
             return compiled(*args, **options)
 
     def _compiled(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        # Of the tracer itself, which looks at every attribute of what it traces.
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         # Graphs hang on a code object: with one of its own, each network has its own count of them.
         own: Any = plain
         code = own.__code__.replace()

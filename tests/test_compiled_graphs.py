@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,3 +108,26 @@ def test_buckets_of_ddp_do_not_cut_graphs_into_pieces(buckets_of_one):
     assert network.applied_execution.compiled.graphs == 1
     found = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
     assert_same_gradients(found, expected, NOISE)
+
+
+def pickled(network: GatedNetwork) -> GatedNetwork:
+    written = io.BytesIO()
+    torch.save(network, written)
+    written.seek(0)
+    return torch.load(written, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_compiles_graphs_of_its_own(copied):
+    network, batch = compiled(), batch_of("llama")
+    expected = gradients(eager(), batch)
+    gradients(network, batch)
+    other = copied(network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    assert other.applied_execution.compiled.graphs == 0
+    assert_same_gradients(gradients(other, batch), expected, NOISE)
+    assert other.applied_execution.compiled.graphs == 1
+    assert other.applied_execution.compiled.failure is None
+    assert network.applied_execution.compiled.graphs == 1
