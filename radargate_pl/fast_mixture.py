@@ -25,6 +25,7 @@ from radargate_pl.expert_sources import InputSource, LatentSource, Rows
 from radargate_pl.experts import ExpertBank
 from radargate_pl.fast_rotation import Gradients, Turn
 from radargate_pl.gates import Gate, Routing
+from radargate_pl.gates.base import ignores_latents
 from radargate_pl.ops import dense_weights, gate_dtype
 from radargate_pl.rotations import NoRotation, RadarRotation, Rotation
 
@@ -73,7 +74,7 @@ def reads_input(x: Tensor, gate: Gate, bank: ExpertBank, combine: Combine, activ
     to the truth, and differ from plain ones by that rounding; angles recorded are still those of rounded latents.
     Autocast stays with latents, so that it equals the 16-bit model in all its roundings.
     """
-    if gate.reads_latents or bank.shares_A or not _suits(bank, combine, gate.rotation, active):
+    if bank.shares_A or not _suits(bank, combine, gate.rotation, active) or not ignores_latents(gate):
         return False
     if torch.is_autocast_enabled(x.device.type):
         return False

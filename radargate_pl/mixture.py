@@ -46,7 +46,7 @@ def mix(
     the latents, ``S`` and its routing only.
 
     Args:
-        latents: latents of all experts, or of the active ones, (..., E, r).
+        latents: latents of all experts, or of the active ones, (..., E, r); of width 0 where none were made.
         routing: the gate's decision.
         bank: the layer's experts.
         combine: what becomes of the kept outputs before they are weighted and summed.
@@ -62,6 +62,8 @@ def mix(
     """
     if mixture == "auto" and is_fast(routing, bank, combine, rotation, active):
         return fast_mix(latents, routing, bank, rotation, x)
+    if not latents.shape[-1]:  # the routing of a gate that ignores them is none for the fast form
+        latents = bank.project(x, active)
     latents = rotation.latents(latents, x, routing.indices)
     latents = combine.latents(latents, routing, bank, active)
     if not combine.has_basis:

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from radargate_pl.arguments import arguments_of, line_of
 from radargate_pl.experts import ExpertBank
@@ -66,8 +66,9 @@ class Gate(Float32Module):
         rotation: what is done to the kept experts' outputs before they are summed.
         is_ragged: whether tokens may keep different numbers of experts.
         takes_new_experts: whether an expert can join a fitted gate without training.
-        reads_latents: whether `forward` looks at the latents; where it does not, a layer with many experts may pass
-            latents of width 0. Such a gate keeps ``top_k`` experts of every token.
+        reads_latents: whether `forward` looks at the latents itself, beside handing them to a module ``scorer`` that
+            says the same of its own; where it does not, a layer with many experts may pass latents of width 0. Counts
+            for the `forward` of the class that says it: a subclass with another one reads them until it says otherwise.
         negates_one_factor: whether ``combine: separate`` puts the sign of a negative weight on B alone.
     """
 
@@ -109,3 +110,19 @@ class Gate(Float32Module):
     def line(self) -> str:
         """Describe gate and rotation as built, in one line, e.g. ``RadarGate(top_k=2, scorer=x, ...)``."""
         return line_of(self)
+
+
+def ignores_latents(gate: Gate) -> bool:
+    """Tell whether nobody looks at the latents a gate is called with: neither it, its scorer nor a hook on them."""
+    scorer = getattr(gate, "scorer", None)
+    return _says_so(gate) and (scorer is None or _says_so(scorer))
+
+
+def _says_so(module: Any) -> bool:
+    if getattr(module, "reads_latents", True) or not isinstance(module, nn.Module):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return False
+    # What a class says of the forward it wrote is not said of the one a subclass puts in its place.
+    author = next(vars(cls) for cls in type(module).__mro__ if {"reads_latents", "forward"} & vars(cls).keys())
+    return "reads_latents" in author

@@ -40,6 +40,8 @@ class StretchGate(Gate):
         ``output_scale`` is ours.
     """
 
+    reads_latents = False
+
     def __init__(
         self,
         site: Site,
@@ -60,7 +62,6 @@ class StretchGate(Gate):
         self.log_temperature = learned_scalar("temperature", temperature, start=0.0)
         self.output_scale_weight = learned_scalar("output_scale", output_scale, start=1.0)
         self.scorer = build_scorer(scorer, site)
-        self.reads_latents = self.scorer.reads_latents
 
     def bind(self, bank: ExpertBank) -> None:
         """Refuse a ``top_k`` above the number of experts in the library."""

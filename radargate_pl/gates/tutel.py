@@ -36,6 +36,8 @@ class CosineScorer(Float32Module):
     Source: microsoft/tutel, gates/cosine_top.py.
     """
 
+    reads_latents = False
+
     def __init__(self, site: Site, projection: int) -> None:
         super().__init__()
         generator, bound = generator_for(site.path, "scorer"), 1 / math.sqrt(site.in_features)
