@@ -51,7 +51,7 @@ class LatentSource:
         self.bank, self.dtype = bank, dtype
         self.B = Rows(bank.lora_B.mT.flatten(0, 1).to(dtype), bank.rank)
         # Remembered, since a list becomes a tensor on a device only by waiting for it.
-        self.scaling = bank.cached(f"scaling {dtype}", lambda: bank.lora_B.new_tensor(bank.scaling, dtype=dtype))
+        self.scaling = bank.cached("scaling", lambda: bank.lora_B.new_tensor(bank.scaling, dtype=dtype), dtype)
         self.frozen: tuple[Tensor, ...] = (bank.lora_B,)
 
     def kept(self, latents: Tensor, indices: Tensor | None) -> Tensor:
@@ -97,8 +97,7 @@ class InputSource(LatentSource):
     @property
     def W_sum(self) -> Tensor:
         """``sum_i s_i A_i^T B_i^T``, (in, out)."""
-        weight = self.bank.cached("W_sum", self._folded)
-        return weight.to(self.dtype)
+        return self.bank.cached("W_sum", self._folded, self.dtype)
 
     def _folded(self) -> Tensor:
         scaling = self.scaling.repeat_interleave(self.bank.rank).unsqueeze(-1)

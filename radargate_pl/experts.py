@@ -102,11 +102,14 @@ class ExpertBank(Float32Module):
         lora_B = self.lora_B.transpose(0, 1)
         return lora_B.flatten(1) if active is None else lora_B[:, list(active)].flatten(1)
 
-    def cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
-        """Return what ``build`` makes of the frozen weights, remembered under a name until they change."""
+    def cached(self, name: str, build: Callable[[], Tensor], *settings: object) -> Tensor:
+        """Return what ``build`` makes of weights, scalings and these settings, remembered until one changes."""
         if torch.compiler.is_compiling():  # a graph cannot look at versions
             return build()
-        return self._cache.setdefault(name, Remembered()).get([self.lora_A, self.lora_B], build)
+        remembered = self._cache.get(name)
+        if remembered is None:
+            remembered = self._cache[name] = Remembered()
+        return remembered.get((self.lora_A, self.lora_B), build, (tuple(self.scaling), *settings))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._cache.clear()

@@ -8,43 +8,52 @@ from torch import Tensor, nn
 
 
 class Remembered:
-    """Remembers one tensor together with the weights, and their versions, that it was computed from.
+    """Remembers one tensor together with the weights, their versions and the settings that it was computed from.
 
-    A weight that was written to (an optimiser step, a load), replaced or moved is noticed. Nothing is remembered of
-    weights made in inference mode, where writes are not counted.
+    A weight that was written to (an optimiser step, a load), replaced, given other memory (``weight.data = ...``) or
+    moved is noticed. Writing through ``weight.data`` (``weight.data.mul_(2)``) is not supported: it leaves no trace.
+    Nothing is remembered of weights made in inference mode, where writes are not counted.
     """
 
     def __init__(self) -> None:
-        self._weights: list[tuple[Tensor, int]] = []
+        self._weights: list[tuple[Tensor, int, int, Tensor]] = []
+        self._settings: tuple[object, ...] = ()
         self._value: Tensor | None = None
 
     def __reduce__(self) -> tuple[type["Remembered"], tuple[()]]:
         """Copy and pickle as a fresh one: copied weights count their versions anew, and an old value could fit them."""
         return Remembered, ()
 
-    def get(self, weights: Sequence[Tensor], build: Callable[[], Tensor]) -> Tensor:
-        """Return what ``build`` made of these weights, built again only if one of them changed since.
+    def get(
+        self, weights: Sequence[Tensor], build: Callable[[], Tensor], settings: tuple[object, ...] = ()
+    ) -> Tensor:
+        """Return what ``build`` made of these weights and settings, built again only if one of them changed since.
 
         Args:
-            weights: everything ``build`` reads.
+            weights: all tensors that ``build`` reads.
             build: called without gradients.
+            settings: whatever else it reads.
         """
         if any(weight.is_inference() for weight in weights):
             return build()
-        known = len(weights) == len(self._weights) and all(
-            weight is before and weight._version == version
-            for weight, (before, version) in zip(weights, self._weights, strict=True)
-        )
-        if self._value is None or not known:
+        if self._value is None or settings != self._settings or not self._is_current(weights):
             # Lightning validates in inference mode: a tensor made there could not be trained through afterwards.
             with torch.inference_mode(False), torch.no_grad():
                 self._value = build()
-            self._weights = [(weight, weight._version) for weight in weights]
+                # As long as the memory is held, nothing new can lie at the same address.
+                self._weights = [(weight, weight._version, weight.data_ptr(), weight.detach()) for weight in weights]
+            self._settings = settings
         return self._value
 
+    def _is_current(self, weights: Sequence[Tensor]) -> bool:
+        return len(weights) == len(self._weights) and all(
+            weight is before and weight._version == version and weight.data_ptr() == pointer
+            for weight, (before, version, pointer, _) in zip(weights, self._weights, strict=True)
+        )
+
     def forget(self) -> None:
-        """Drop the value; for changes that leave no trace in a version, such as `nn.Module.to`."""
-        self._weights, self._value = [], None
+        """Drop the value; for changes that leave no trace, such as some of `nn.Module.to`."""
+        self._weights, self._settings, self._value = [], (), None
 
 
 class Changes:

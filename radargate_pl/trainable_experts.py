@@ -53,7 +53,7 @@ class TrainableExpertBank(ExpertBank):
     def _chosen(self, active: tuple[int, ...] | None) -> tuple[int, ...]:
         return tuple(range(self.num_experts)) if active is None else active
 
-    def cached(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+    def cached(self, name: str, build: Callable[[], Tensor], *settings: object) -> Tensor:
         """Return what ``build`` makes: B changes with every step."""
         return build()
 
