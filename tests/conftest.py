@@ -18,9 +18,11 @@ import socket
 import sys
 from collections.abc import Iterator
 
-import mixture_switch  # noqa: F401
+import mixture_switch
 import pytest
 import torch
+
+from radargate_pl import shared_inputs
 
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")
 
@@ -57,3 +59,9 @@ def clean_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             handler.stream = sys.__stderr__  # setStream() would flush the closed one
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def quick_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick path of decoding, also where the run is on plain operations."""
+    monkeypatch.setattr(shared_inputs, "_is_decoding", mixture_switch.is_decoding)

@@ -19,6 +19,8 @@ from radargate_pl.moe import MoELinear, attach
 from radargate_pl.prompt_gates import record_prompts
 from radargate_pl.records import record_gates
 
+pytestmark = pytest.mark.usefixtures("quick_decoding")
+
 IN, WIDTHS = 70, {"q": 18, "k": 9, "v": 7}  # odd widths: the last coordinate has no partner
 FEW = [1, 2, 8, 16]
 

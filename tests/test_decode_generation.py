@@ -17,6 +17,8 @@ from radargate_pl.backbones import load_backbone
 from radargate_pl.gates import RadarGate, StretchGate
 from radargate_pl.networks import GatedNetwork
 
+pytestmark = pytest.mark.usefixtures("quick_decoding")
+
 TARGETS = {"llama": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "t5": ("q", "k", "v", "wo")}
 NEW = 12
 
