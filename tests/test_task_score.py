@@ -202,10 +202,19 @@ def test_rouge_is_the_mean_of_the_values():
 
 
 def test_no_interval_where_no_draw_differs_from_another():
-    """One example, or a model that always says the same: [x, x] would look like certainty."""
-    assert measure("rouge_l", [Row(True, "x", "x", "x", 0.5)]) == Measure(0.5, None, None, 1)
+    """A model that always says the same, perfect translations: [x, x] would look like certainty."""
     assert measure("matthews", choices("aabb" * 50, "aaaa" * 50)) == Measure(0.0, None, None, 200)
     assert measure("accuracy", choices("a", "a")).low == pytest.approx(0.2065, abs=1e-4)
+
+
+def test_means_of_equal_values_are_bounded_by_how_many_others_there_can_be():
+    """No answer in a hundred has a word of the reference: at most 3.7 % of all have, and a word is worth at most 1."""
+    nothing = measure("rouge_l", [Row(False, "x", "y", "x", 0.0)] * 100)
+    assert nothing == Measure(0.0, 0.0, pytest.approx(wilson(0, 100)[1]), 100)
+    perfect = measure("rouge_l", [Row(True, "x", "x", "x", 1.0)] * 100)
+    assert perfect == Measure(1.0, pytest.approx(wilson(100, 100)[0]), pytest.approx(1.0), 100)
+    one = measure("rouge_l", [Row(True, "x", "x", "x", 0.5)])
+    assert 0 < one.low < 0.5 < one.high < 1
 
 
 # ---- bad input ----

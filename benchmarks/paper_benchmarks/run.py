@@ -7,7 +7,7 @@
 (of each gate the rate with the smallest validation loss is tested), or name the run folders one by one. Rankings are
 asked on all examples. Every portion is a `radargate test` of its own (printed) with a folder of its own, done once: a
 call that was interrupted goes on behind the last finished batch. All models answer a task before the next begins, and
-OUT/table.md is written anew after each.
+OUT/table.md is written anew after each. `--rescore` runs nothing: it scores what is there by the rules of this version.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import yaml  # noqa: E402
 from commands import mean_loss, python, status  # noqa: E402
 from estimate import Speed, text_of, work_of  # noqa: E402
 from portions import Limits, Portion, portions  # noqa: E402
+from rescoring import rescore  # noqa: E402
 from table import answers, read_results, results_of, run_of, table  # noqa: E402
 
 # Of all_gates_cpu/run.py, without the learning rate.
@@ -126,6 +127,16 @@ class Tests:
             self.failed.append(run)
         self.write()
 
+    def rescore(self) -> None:
+        """Score the answers that are there by this version's rules, and write the table."""
+        for model in self.columns:
+            for portion in self.asked:
+                run = run_of(self.out, model.name, portion)
+                for benchmark in portion.benchmarks:
+                    if rescore(run, benchmark):
+                        print(f"{model.name} {benchmark.name}: scored anew")
+        self.write()
+
     def write(self) -> None:
         """Write the table of what is there."""
         with self._lock:
@@ -166,6 +177,7 @@ def arguments() -> argparse.Namespace:
     add("--union", help="run folder of the union LoRA")
     add("--out", default="runs/paper_benchmarks", help="folder for the tests and the table")
     add("--estimate", action="store_true", help="count tokens and guess the time; nothing is run")
+    add("--rescore", action="store_true", help="score the answers in OUT by the rules of this version; nothing is run")
     add("--ranking_limit", type=int, help="examples of a ranking task at most; all without")
     add("--generation_limit", type=int, default=100, help="examples of a generation task at most")
     add("--max_new_tokens", type=int, help="longest answer in tokens where the task's own is longer; the table says so")
@@ -200,7 +212,7 @@ def main() -> None:
         print(estimate(options, columns, asked))
         return
     tests = Tests(options, columns, asked)
-    tests.run()
+    tests.rescore() if options.rescore else tests.run()
     print((tests.out / "table.md").read_text(encoding="utf-8"))
 
 

@@ -58,7 +58,8 @@ def measure(name: str, rows: Sequence[Row], labels: Sequence[str] = ()) -> Measu
     matthews               Matthews' correlation; no answer is a class of its own               bootstrap
     f1                     F1 of ``labels[1]``; no answer counts as the other label             bootstrap
     bleu, chrf             corpus scores by sacrebleu, against all accepted answers             bootstrap
-    rouge_l                mean ROUGE-L                                                         bootstrap
+    rouge_l                mean ROUGE-L; where all are alike, at most as many examples would    bootstrap
+                           differ as Wilson's interval allows of none in n
     ====================== ==================================================================== ==========
 
     Args:
@@ -85,7 +86,7 @@ def measure(name: str, rows: Sequence[Row], labels: Sequence[str] = ()) -> Measu
         case "bleu" | "chrf":
             return _corpus(name, rows)
         case "rouge_l":
-            return _resampled([(_rouge_of(row), 1.0) for row in rows], lambda sums: sums[0] / sums[1])
+            return _mean([_rouge_of(row) for row in rows])
     raise ValueError(
         f"Expected a score to be one of accuracy, exact_match, sentence_chrf_accuracy, matthews, f1, bleu, chrf and "
         f"rouge_l, but got {name!r}."
@@ -146,6 +147,16 @@ def _resampled(statistics: Sequence[Sequence[float]], score: Callable[[Any], flo
     sums = [sum(column) for column in zip(*statistics, strict=True)]
     low, high = bootstrap(statistics, score)
     return Measure(score(sums), low, high, len(statistics))
+
+
+def _mean(values: Sequence[float]) -> Measure:
+    """The mean of values in [0, 1]. Equal ones leave nothing to draw, but bound how many others can be unlike them."""
+    found = _resampled([(value, 1.0) for value in values], lambda sums: sums[0] / sums[1])
+    if found.low is not None:
+        return found
+    _, unlike = wilson(0, found.n)
+    low = found.value * (1 - unlike)
+    return found._replace(low=low, high=low + unlike)
 
 
 def _confusion(rows: Sequence[Row]) -> tuple[list[list[float]], Callable[[Any], float]]:
