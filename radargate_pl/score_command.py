@@ -5,12 +5,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from radargate_pl.atomic_files import write_text
-from radargate_pl.benchmarks import BENCHMARKS, Benchmark, judge_answer, natural_instruction
+from radargate_pl.benchmarks import BENCHMARKS, Benchmark, judge_answer, natural_instruction, nearest_names
 from radargate_pl.predictions import Mistakes, Prediction, read_predictions
 from radargate_pl.score_references import read_references, with_references
 from radargate_pl.scoring import Judgement, Reference, Row, levels, measure
@@ -90,7 +89,7 @@ def find_benchmark(task: str, category: str | None = None) -> Benchmark:
         return natural_instruction(task, category)
     if task in BENCHMARKS:
         return BENCHMARKS[task]
-    near = get_close_matches(task.lower().replace("-", "_"), BENCHMARKS, n=3, cutoff=0.5)
+    near = nearest_names(task, BENCHMARKS)
     hint = f"did you mean {' or '.join(near)}" if near else f"one of {', '.join(BENCHMARKS)}"
     raise ValueError(
         f"Expected --task to be a known task, but got {task!r}; {hint}? "

@@ -453,7 +453,9 @@ def test_texts_of_a_private_task_are_not_shown(score):
     assert "secret" not in error
 
 
-@pytest.mark.parametrize(("task", "near"), [("sst-2", "sst2"), ("gsm8", "gsm8k"), ("wmt14_en_fr", "wmt14_en_cs")])
+@pytest.mark.parametrize(
+    ("task", "near"), [("sst-2", "sst2"), ("OBQA", "openbookqa"), ("gsm8", "gsm8k"), ("wmt14_en_fr", "wmt14_en_cs")]
+)
 def test_an_unknown_task(score, task, near):
     code, _, _, error = score(SST2, task)
     assert code == 1

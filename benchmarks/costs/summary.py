@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from costs.ratios import PLAIN_OURS, STEP, Ratio, Results, best, find, over
+from costs.ratios import PLAIN_OURS, STEP, Found, Ratio, Results, best, find, over
 from costs.rows import OURS
 
 COUNTS = (5, 40, 256)
@@ -43,7 +43,7 @@ def _cell(ratios: list[Ratio]) -> str:
     return " / ".join("" if one.value is None else f"{one.value:.2f}" for one in ratios).strip(" /")
 
 
-def _ours(results: Results, n: int) -> object:
+def _ours(results: Results, n: int) -> tuple[str, Found] | None:
     return find(results, kind=OURS, n=n, mode="eager", **PLAIN_OURS)
 
 

@@ -10,6 +10,7 @@ from radargate_pl.benchmarks.instructions import FLAN_COT, natural_instruction
 from radargate_pl.benchmarks.judging import RULES, judge_answer
 from radargate_pl.benchmarks.knowledge import KNOWLEDGE
 from radargate_pl.benchmarks.mathematics import MATHEMATICS
+from radargate_pl.benchmarks.names import nearest_names
 from radargate_pl.benchmarks.translation import WMT14
 
 PAPER = (*GLUE, *KNOWLEDGE, *WMT14, *MATHEMATICS)
@@ -35,4 +36,5 @@ __all__ = [
     "Protocol",
     "judge_answer",
     "natural_instruction",
+    "nearest_names",
 ]

@@ -1,13 +1,12 @@
 """Finds the files and hub data sets of benchmarks, and reads their examples."""
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from radargate_pl.benchmarks import BENCHMARKS, GROUPS, NIV2, Benchmark, natural_instruction
+from radargate_pl.benchmarks import BENCHMARKS, GROUPS, NIV2, Benchmark, natural_instruction, nearest_names
 from radargate_pl.data.benchmark_fields import Fields, read_line, read_row
 from radargate_pl.data.files import SUFFIXES, FileSource, task_and_split
 from radargate_pl.data.hub import label_name, load
@@ -80,27 +79,12 @@ def _source(name: str, root: Path | None, instructions: dict[str, list[Path]]) -
                 f"{' and '.join(map(str, [path, *others]))}. Rename or remove all but one."
             )
         return BenchmarkSource(natural_instruction(name, path.parent.name), path, path.parent.name)
-    near = _nearest(name, [*BENCHMARKS, *GROUPS, NIV2, *instructions])
+    near = nearest_names(name, BENCHMARKS, [*GROUPS, NIV2, *instructions])
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
         f"Expected tasks to name benchmarks, but there is no {name!r}: {meant}Groups are "
         f"{', '.join([*GROUPS, NIV2])}; all names are in radargate_pl/benchmarks."
     )
-
-
-def _nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Known names that are spelled alike, or whose name in the paper is; up to three, the nearest first."""
-    spelled: dict[str, list[str]] = {}
-    for one in known:
-        for spelling in {one, BENCHMARKS[one].paper_name if one in BENCHMARKS else one}:
-            spelled.setdefault(_plain_spelling(spelling), []).append(one)
-    asked = _plain_spelling(name)
-    near = [asked] if asked in spelled else difflib.get_close_matches(asked, spelled, n=3, cutoff=0.4)
-    return list(dict.fromkeys(one for spelling in near for one in spelled[spelling]))[:3]
-
-
-def _plain_spelling(name: str) -> str:
-    return name.lower().replace("-", "_")
 
 
 def _stems(name: str) -> tuple[str, ...]:
