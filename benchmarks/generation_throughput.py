@@ -5,13 +5,15 @@
 Twice, without experts and with RadarGate over several, both take turns batch by batch: the frozen backbone alone with
 transformers' own stop strings, then the whole test step with judging, the summary of the gates and the answers written
 to disk. DATA holds the benchmark's file. Random experts are too quiet to change an answer, so that both write the same
-tokens in the same steps; experts of `--experts` answer with other texts, and tokens a second are compared.
+tokens in the same steps; experts of `--experts` answer with other texts, and tokens a second are compared. Looking for
+stop strings costs transformers much: `--without_stop_strings` takes that from both sides.
 """
 
 import argparse
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,8 @@ def measure(options: argparse.Namespace, experts: str | list[str], run: Path) ->
     lm = AdaptedLM(lambda tasks: GatedNetwork(tasks, backbone=options.backbone, experts=experts, gate=RadarGate))
     settings = {name: getattr(options, name) for name in ("root", "limit", "batch_size", "max_new_tokens")}
     data = BenchmarkData([options.task], tokenizer=options.backbone, protocol="generation", **settings)
+    if options.without_stop_strings:
+        data.sources = [replace(source, benchmark=replace(source.benchmark, stop=())) for source in data.sources]
     plain, tested = PlainGenerate(load_backbone(options.backbone)), Stopwatch()
     trainer = Trainer(
         default_root_dir=run,
@@ -125,6 +129,9 @@ def main() -> None:
     parser.add_argument("--backbone", default="smollm2-135m-q4")
     parser.add_argument("--experts", help="folder of experts; without, --num_experts random ones")
     parser.add_argument("--num_experts", type=int, nargs="+", default=[5], help="how many random ones, one run each")
+    parser.add_argument(
+        "--without_stop_strings", action="store_true", help="answers end at the end token or the limit, on both sides"
+    )
     parser.add_argument("--limit", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=64)
