@@ -5,8 +5,8 @@
 Twice, without experts and with RadarGate over several, both take turns batch by batch: the frozen backbone alone with
 transformers' own stop strings, then the whole test step with judging, the summary of the gates and the answers written
 to disk. DATA holds the benchmark's file. Random experts are too quiet to change an answer, so that both write the same
-tokens in the same steps; experts of `--experts` answer with other texts, and tokens a second are compared. `--without_stop_strings`
-leaves those out on both sides, so that transformers spends no time on them.
+tokens in the same steps; experts of `--experts` answer with other texts, and tokens a second are compared.
+`--without_stop_strings` leaves those out on both sides, so that transformers spends no time on them.
 """
 
 import argparse
