@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from radargate_pl import debug_backbone, smollm2
+from radargate_pl.cache_folder import cache_folder
 from radargate_pl.fingerprints import fingerprint_tensors
-from radargate_pl.folders import cache_folder, folder_made_once
+from radargate_pl.folders import folder_made_once
 from radargate_pl.hub import hub_error, is_hub_id
 
 if TYPE_CHECKING:

@@ -207,7 +207,7 @@ def check_caches(environment: Mapping[str, str]) -> Iterator[Finding]:
     Yields:
         A finding for each cache, and one for the offline switches.
     """
-    from radargate_pl.folders import cache_folder
+    from radargate_pl.cache_folder import cache_folder
 
     offline = [f"{name}={environment[name]}" for name in OFFLINE if environment.get(name)]
     general = Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from radargate_pl.backbones import processor_supports_bfloat16
 from radargate_pl.compiled_layers import CompiledLayers, decoder_layers, missing_compiler, warn_of_eager_code
+from radargate_pl.fast_mixture import Mixture
 from radargate_pl.gates import RadarGate, StretchGate
 from radargate_pl.grouped_attention import use_grouped_attention
 from radargate_pl.moe import MoELinear
@@ -25,7 +26,8 @@ class Execution:
     """How a network computes. Results are the same up to rounding: no gate folder or checkpoint holds any of this.
 
     Args:
-        mixture: "auto" uses the fast form of the mixture where it holds; "plain" always the readable one.
+        mixture: "auto" uses the fast form of the mixture where it holds, in native code where a C++ compiler is found;
+            "torch" the same in torch's operations alone; "plain" always the readable form.
         compile: whether the backbone's decoder layers are compiled while they train: "auto" for fits long enough to
             gain from it, where a gain was measured, see `AppliedExecution.begin_fit`; true from the first batch on.
         attention: what the backbone attends with while it trains on a CPU: "grouped", two products that leave keys and
@@ -35,13 +37,13 @@ class Execution:
         ValueError: for other values.
     """
 
-    mixture: Literal["auto", "plain"] = "auto"
+    mixture: Mixture = "auto"
     compile: bool | Literal["auto"] = "auto"
     attention: Literal["auto", "grouped", "model"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.mixture not in ("auto", "plain"):
-            raise ValueError(f"Expected execution.mixture to be 'auto' or 'plain', but got {self.mixture!r}.")
+        if self.mixture not in ("auto", "torch", "plain"):
+            raise ValueError(f"Expected execution.mixture to be 'auto', 'torch' or 'plain', but got {self.mixture!r}.")
         if self.compile not in ("auto", True, False):
             raise ValueError(f"Expected execution.compile to be 'auto', true or false, but got {self.compile!r}.")
         if self.attention not in ("auto", "grouped", "model"):

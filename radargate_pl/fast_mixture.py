@@ -1,8 +1,8 @@
 """The mixture of frozen experts under a gate that trains, as one autograd function with its backward by hand (layer 2).
 
 `mixture.mix` states the same in plain operations and stays the reference; tests hold the two together. Here a module
-keeps its latents, weights and indices for the backward pass and nothing as wide as ``out``: ``S`` and the kept ``v_i``
-are made again there. A kept ``v_i`` is gathered row by row from the stacked B, which costs ``r`` rows a token whatever
+keeps its latents, weights and indices for the backward pass, or ``S`` in place of wider latents: the kept ``v_i`` are
+made again there. A kept ``v_i`` is gathered row by row from the stacked B, which costs ``r`` rows a token whatever
 the number of experts. Two forms:
 
 * from latents: ``S = h B``, five products with ``n r`` numbers a token in a training step;
@@ -14,22 +14,23 @@ allow 2e-5 of the largest), and where all other outputs vanish, ``S - v_i`` is 1
 expert the plain form stays.
 """
 
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from radargate_pl.combines import Combine
-from radargate_pl.expert_sources import InputSource, LatentSource, Rows
+from radargate_pl.expert_sources import InputSource, LatentSource
 from radargate_pl.experts import ExpertBank
-from radargate_pl.fast_rotation import Gradients, Turn
+from radargate_pl.fast_rotation import KeptExperts, turned_sum, turned_sum_gradients
 from radargate_pl.gates import Gate, Routing
 from radargate_pl.gates.base import ignores_latents
+from radargate_pl.native import operators
+from radargate_pl.native.turned_sum import is_native
 from radargate_pl.ops import dense_weights, gate_dtype
 from radargate_pl.rotations import NoRotation, RadarRotation, Rotation
 
-Mixture = Literal["auto", "plain"]
+Mixture = Literal["auto", "torch", "plain"]
 GATHERED = 6  # what a multiplication of a gathered row costs, in multiplications of a GEMM (one AVX2 core, float32)
 NARROW = 0.25  # what one costs in a GEMM of 16-bit numbers, in those of float32
 
@@ -42,22 +43,30 @@ def check_mixture(mixture: str) -> None:
     """
     if mixture not in get_args(Mixture):
         raise ValueError(
-            f"Expected mixture to be 'auto' or 'plain', but got {mixture!r}; 'auto' takes the fast form where it can."
+            f"Expected mixture to be 'auto', 'torch' or 'plain', but got {mixture!r}; 'auto' takes the fast form where "
+            "it can, 'torch' the same without native code."
         )
 
 
 def is_fast(
-    routing: Routing, bank: ExpertBank, combine: Combine, rotation: Rotation, active: tuple[int, ...] | None
+    routing: Routing,
+    bank: ExpertBank,
+    combine: Combine,
+    rotation: Rotation,
+    active: tuple[int, ...] | None,
+    may_be_native: bool = True,
 ) -> bool:
     """Tell whether `fast_mix` can make this mixture; anything else takes plain operations.
 
     It can for two or more frozen experts, all of them evaluated, summed, under one low-rank RadarRotation for all
     experts without a bound, or without a rotation, where gathering the kept ones beats one GEMM over all: more than
-    six times ``k`` experts. Never inside ``torch.compile``, which makes more of the
-    plain operations, nor for gates that experts can join, whose results must not change by a bit then.
+    six times ``k`` experts. Inside ``torch.compile``, which makes more of the other plain operations, only rotations in
+    native code. Never for gates that experts can join, whose results must not change by a bit then.
     """
     if not routing.weights.numel() or not _suits(bank, combine, rotation, active):
         return False
+    if torch.compiler.is_compiling():
+        return may_be_native and rotation.acts_on_outputs and is_native(_computed(routing.weights, bank), bank.lora_B)
     if rotation.acts_on_outputs:
         return True
     return routing.indices is not None and bank.num_experts > GATHERED * routing.indices.shape[-1]
@@ -74,9 +83,9 @@ def reads_input(x: Tensor, gate: Gate, bank: ExpertBank, combine: Combine, activ
     to the truth, and differ from plain ones by that rounding; angles recorded are still those of rounded latents.
     Autocast stays with latents, so that it equals the 16-bit model in all its roundings.
     """
-    if bank.shares_A or not _suits(bank, combine, gate.rotation, active) or not ignores_latents(gate):
+    if torch.compiler.is_compiling() or bank.shares_A or not _suits(bank, combine, gate.rotation, active):
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if not ignores_latents(gate) or torch.is_autocast_enabled(x.device.type):
         return False
     top_k: int = getattr(gate, "top_k", bank.num_experts)
     if not x.numel() or top_k >= bank.num_experts:
@@ -88,7 +97,7 @@ def reads_input(x: Tensor, gate: Gate, bank: ExpertBank, combine: Combine, activ
 
 
 def _suits(bank: ExpertBank, combine: Combine, rotation: Rotation, active: tuple[int, ...] | None) -> bool:
-    if torch.compiler.is_compiling() or active is not None or bank.trainable or bank.in_blocks:
+    if active is not None or bank.trainable or bank.in_blocks:
         return False
     if bank.num_experts == 1 or type(combine) is not Combine or bank.lora_A.requires_grad or bank.lora_B.requires_grad:
         return False
@@ -98,7 +107,9 @@ def _suits(bank: ExpertBank, combine: Combine, rotation: Rotation, active: tuple
     return is_shared and rotation.angle_bound is None
 
 
-def fast_mix(latents: Tensor, routing: Routing, bank: ExpertBank, rotation: Rotation, x: Tensor) -> Tensor:
+def fast_mix(
+    latents: Tensor, routing: Routing, bank: ExpertBank, rotation: Rotation, x: Tensor, may_be_native: bool = True
+) -> Tensor:
     """Mix the experts' outputs; see `mixture.mix`, which this equals, and `is_fast`.
 
     Args:
@@ -107,18 +118,48 @@ def fast_mix(latents: Tensor, routing: Routing, bank: ExpertBank, rotation: Rota
         bank: the layer's experts.
         rotation: what happens to each kept expert.
         x: layer input, (..., in).
+        may_be_native: whether native code is used where its operands allow it.
 
     Returns:
         (..., out), float32.
     """
+    if torch.compiler.is_compiling() and isinstance(rotation, RadarRotation):
+        return _mix_in_graph(latents, routing, bank, rotation)
     weights, indices, _ = routing
     shape, width = weights.shape[:-1], latents.shape[-1]
     source = latents.reshape(-1, bank.num_experts, width) if width else x.reshape(-1, bank.in_features)
     factors = (rotation.P, rotation.Q) if isinstance(rotation, RadarRotation) else (None, None)
     is_normed = isinstance(rotation, RadarRotation) and rotation.angle_norm == "rms"
     flat = (part if part is None else part.reshape(-1, part.shape[-1]) for part in (weights, indices))
-    mixed: Tensor = _Mixed.apply(source, *flat, *factors, is_normed, bank)
+    mixed: Tensor = _Mixed.apply(source, *flat, *factors, _Settings(bank, is_normed, may_be_native))
     return mixed.view(*shape, bank.out_features)
+
+
+def _mix_in_graph(latents: Tensor, routing: Routing, bank: ExpertBank, rotation: RadarRotation) -> Tensor:
+    """The products for the compiler, the rotation as one operator; what is kept is the compiler's choice."""
+    weights, indices, _ = routing
+    dtype = _computed(weights, bank)
+    stacked = bank.lora_B.mT.flatten(0, 1).to(dtype)
+    latents = latents.flatten(0, -3).to(dtype)
+    if len(set(bank.scaling)) == 1:
+        total = (latents.flatten(1) @ stacked) * bank.scaling[0]
+    else:
+        latents = latents * latents.new_tensor(bank.scaling).unsqueeze(-1)
+        total = latents.flatten(1) @ stacked
+    kept = latents
+    if indices is not None:
+        indices = indices.flatten(0, -2)
+        kept = latents.gather(1, indices.unsqueeze(-1).expand(-1, -1, latents.shape[-1]))
+    if len(set(bank.scaling)) == 1:
+        kept = kept * bank.scaling[0]
+    is_normed = rotation.angle_norm == "rms"
+    weights, shape = weights.flatten(0, -2), weights.shape[:-1]
+    mixed: Tensor = operators.turned_sum(total, kept, weights, indices, stacked, rotation.P, rotation.Q, is_normed)
+    return mixed.view(*shape, bank.out_features)
+
+
+def _computed(weights: Tensor, bank: ExpertBank) -> torch.dtype:
+    return torch.promote_types(gate_dtype(bank.lora_B.dtype), weights.dtype)
 
 
 def project_for_record(x: Tensor, bank: ExpertBank) -> Tensor:
@@ -142,8 +183,20 @@ class _Projected(torch.autograd.Function):
         return (grad.flatten(-2) @ ctx.bank.lora_A.flatten(0, 1)).to(ctx.dtype), None
 
 
+class _Settings(NamedTuple):
+    """What a mixture is computed with that is no tensor."""
+
+    bank: ExpertBank
+    is_normed: bool
+    may_be_native: bool
+
+    def side(self, starts_from_input: bool, weights: Tensor) -> LatentSource:
+        source = InputSource if starts_from_input else LatentSource
+        return source(self.bank, _computed(weights, self.bank), self.may_be_native)
+
+
 class _Mixed(torch.autograd.Function):
-    """Inputs: source, weights and indices (T, K), P and Q, both or neither, whether angles are scale-free, the bank."""
+    """Inputs: source, weights and indices (T, K), P and Q, both or neither."""
 
     @staticmethod
     def forward(
@@ -153,57 +206,45 @@ class _Mixed(torch.autograd.Function):
         indices: Tensor | None,
         P: Tensor | None,
         Q: Tensor | None,
-        is_normed: bool,
-        bank: ExpertBank,
+        settings: _Settings,
     ) -> Tensor:
-        side = _side(source, weights, bank)
-        ctx.bank, ctx.is_normed = bank, is_normed
+        ctx.settings, ctx.dtype, ctx.starts_from_input = settings, source.dtype, source.dim() == 2
+        side = settings.side(ctx.starts_from_input, weights)
+        latents = side.kept(source, indices)
         # The frozen weights only so that a change of them before the backward pass is noticed.
-        ctx.save_for_backward(source, weights, indices, P, Q, *side.frozen)
-        kept = side.kept(source, indices)
+        others = (weights, indices, P, Q, *side.frozen)
         if P is None or Q is None:
-            return side.B.sums(kept * weights.unsqueeze(-1), indices)
+            ctx.save_for_backward(source, None, *others)
+            return side.B.sums(latents * weights.unsqueeze(-1), indices)
         total = side.total(source)
-        mixed = torch.zeros_like(total)
-        for slot, (rows, own) in enumerate(_slots(side.B, weights, indices)):
-            turn = Turn(rows.sums(kept[:, slot : slot + 1], own), total, P, Q, is_normed)
-            mixed.addcmul_(turn.rotated(), weights[:, slot : slot + 1])
-        return mixed
+        # Instead of the source, what was made of it: where that is no more than all latents.
+        is_small = total.shape[1] + latents.shape[1:].numel() <= side.bank.num_experts * side.bank.rank
+        ctx.save_for_backward(*((total, latents) if is_small else (source, None)), *others)
+        return turned_sum(KeptExperts(total, latents, weights, indices, side.B), P, Q, settings.is_normed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        source, weights, indices, P, Q, *_ = ctx.saved_tensors
+        source, latents, weights, indices, P, Q, *_ = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            side = _side(source, weights, ctx.bank)
+            side = ctx.settings.side(ctx.starts_from_input, weights)
             if torch.is_grad_enabled():
-                return *_differentiable(side, source, weights, indices, P, grad), *[None] * 5
-            kept = side.kept(source, indices)
+                return *_differentiable(side, source, weights, indices, P, grad), *[None] * 4
+            total = source if P is None or latents is not None else side.total(source)
+            latents = side.kept(source, indices) if latents is None else latents
             if P is None:
                 dots = side.B.dots(grad, indices)
-                of_kept = dots * weights.unsqueeze(-1)
-                of_weights, of_total, of_P, of_Q = (dots * kept).sum(-1), None, None, None
+                of_weights, of_latents = (dots * latents).sum(-1), dots * weights.unsqueeze(-1)
+                of_total, of_P, of_Q = None, None, None
             else:
-                total = side.total(source)
-                sums = Gradients.zeros(total, weights, kept, P, Q)
-                for slot, (rows, own) in enumerate(_slots(side.B, weights, indices)):
-                    turn = Turn(rows.sums(kept[:, slot : slot + 1], own), total, P, Q, ctx.is_normed)
-                    of_v = turn.add_gradients(grad, weights[:, slot : slot + 1], slot, sums)
-                    sums.kept[:, slot] = rows.dots(of_v, own).squeeze(1)
-                sums.total.addcmul_(total, sums.share)
-                of_weights, of_total, of_kept, of_P, of_Q = sums.weights, sums.total, sums.kept, sums.P, sums.Q
-            of_source = side.gradient(source, indices, of_total, of_kept) if ctx.needs_input_grad[0] else None
-        return of_source, of_weights.to(weights.dtype), None, of_P, of_Q, None, None
+                kept = KeptExperts(total, latents, weights, indices, side.B)
+                found = turned_sum_gradients(kept, P, Q, ctx.settings.is_normed, grad)
+                of_total, of_latents, of_weights, of_P, of_Q = found
+            of_source = side.gradient(indices, of_total, of_latents) if ctx.needs_input_grad[0] else None
+        return _to(of_source, ctx.dtype), of_weights.to(weights.dtype), None, of_P, of_Q, None
 
 
-def _side(source: Tensor, weights: Tensor, bank: ExpertBank) -> LatentSource:
-    dtype = torch.promote_types(gate_dtype(bank.lora_B.dtype), weights.dtype)
-    return InputSource(bank, dtype) if source.dim() == 2 else LatentSource(bank, dtype)
-
-
-def _slots(B: Rows, weights: Tensor, indices: Tensor | None) -> Iterator[tuple[Rows, Tensor | None]]:
-    """The kept experts one after the other: where their rows are, and which of them each token takes, (T, 1)."""
-    for slot in range(weights.shape[1]):
-        yield (B.only(slot), None) if indices is None else (B, indices[:, slot : slot + 1])
+def _to(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else gradient.to(dtype)
 
 
 def _differentiable(

@@ -1,29 +1,90 @@
-"""The rotation of one kept output inside the fast mixture, made twice and kept never (layer 1)."""
+"""The sum of the kept experts' rotated outputs inside the fast mixture, made twice and kept never (layer 1).
 
+In native code where its operands allow it, else in torch's operations, to the same results.
+"""
+
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from radargate_pl.gathered_rows import GatheredRows
+from radargate_pl.native import turned_sum as native
 from radargate_pl.ops import RMS_EPS
 from radargate_pl.rotation_function import complex_planes, skinny, turn_planes
 
 
-class Gradients(NamedTuple):
-    """Gradients that add up over the kept experts; ``share`` is the part of `total` that is a multiple of S, (T, 1)."""
+class KeptExperts(NamedTuple):
+    """The kept experts of every token, and the sum that they rotate against.
+
+    Attributes:
+        total: ``S``, (T, out).
+        latents: their scaled latents, (T, K, r).
+        weights: (T, K).
+        indices: which they are, (T, K) int64; ``None``: all, in order.
+        B: rows of their B.
+    """
 
     total: Tensor
-    share: Tensor
+    latents: Tensor
     weights: Tensor
-    kept: Tensor
+    indices: Tensor | None
+    B: GatheredRows
+
+    def slots(self) -> Iterator[tuple[Tensor, GatheredRows, Tensor | None]]:
+        """The kept outputs one after the other: ``v_j`` (T, out), where its rows are, and which, (T, 1)."""
+        for slot in range(self.weights.shape[1]):
+            own = None if self.indices is None else self.indices[:, slot : slot + 1]
+            rows = self.B.only(slot) if own is None else self.B
+            yield rows.sums(self.latents[:, slot : slot + 1], own), rows, own
+
+
+class Gradients(NamedTuple):
+    """Of what a mixture was made from: shaped like that."""
+
+    total: Tensor
+    latents: Tensor
+    weights: Tensor
     P: Tensor
     Q: Tensor
 
-    @classmethod
-    def zeros(cls, total: Tensor, weights: Tensor, kept: Tensor, P: Tensor, Q: Tensor) -> "Gradients":
-        """Start the sums at zero, shaped like what they are the gradients of."""
-        zeros = [torch.zeros_like(tensor) for tensor in (total, weights[:, :1], weights, kept, P, Q)]
-        return cls(*zeros)
+
+def turned_sum(kept: KeptExperts, P: Tensor, Q: Tensor, is_normed: bool) -> Tensor:
+    """Mix the rotated outputs, ``sum_j g_j R_j v_j``: (T, out).
+
+    Args:
+        kept: the kept experts.
+        P: (out, r_a).
+        Q: (r_a, out // 2).
+        is_normed: whether angles are scale-free.
+
+    Source: arXiv 2505.23184, eq. 4-8.
+    """
+    total, latents, weights, indices, B = kept
+    if B.is_native:
+        return native.turned_sum(total, latents, weights, indices, B.matrix, P, Q, is_normed)
+    mixed = torch.zeros_like(total)
+    for slot, (v, _, _) in enumerate(kept.slots()):
+        mixed.addcmul_(Turn(v, total, P, Q, is_normed).rotated(), weights[:, slot : slot + 1])
+    return mixed
+
+
+def turned_sum_gradients(kept: KeptExperts, P: Tensor, Q: Tensor, is_normed: bool, grad: Tensor) -> Gradients:
+    """Return the gradients of all of it for that of the mixture (T, out); arguments as for `turned_sum`."""
+    total, latents, weights, indices, B = kept
+    if B.is_native:
+        return Gradients(
+            *native.turned_sum_gradients(grad, total, latents, weights, indices, B.matrix, P, Q, is_normed)
+        )
+    sums = Gradients(*map(torch.zeros_like, (total, latents, weights, P, Q)))
+    share = torch.zeros_like(weights[:, :1])  # of the gradient of S, what is a multiple of S
+    for slot, (v, rows, own) in enumerate(kept.slots()):
+        turn = Turn(v, total, P, Q, is_normed)
+        of_v = turn.add_gradients(grad, weights[:, slot : slot + 1], slot, sums, share)
+        sums.latents[:, slot] = rows.dots(of_v, own).squeeze(1)
+    sums.total.addcmul_(total, share)
+    return sums
 
 
 class Turn:
@@ -47,7 +108,7 @@ class Turn:
         angles = self.z @ self.Q
         return turn_planes(self.v, torch.complex(angles.cos(), angles.sin()))
 
-    def add_gradients(self, grad: Tensor, weight: Tensor, slot: int, sums: Gradients) -> Tensor:
+    def add_gradients(self, grad: Tensor, weight: Tensor, slot: int, sums: Gradients, share: Tensor) -> Tensor:
         """Return the gradient of ``v`` for that of the mixture, and add the other ones up; uses itself up.
 
         With the angles' pull on ``v * w``, ``D = grad_raw P^T``, and the norms' on v and w, ``alpha v`` and ``beta w``:
@@ -74,7 +135,7 @@ class Turn:
             pull = (of_z * self.raw).sum(-1, keepdim=True) / -v.shape[-1]
             alpha, beta = pull * inverse_others * inverse_v**3, pull * inverse_v * inverse_others**3
             F_, alpha_beta = torch.addmm(-beta, of_raw, self.P.mT), alpha - beta
-            sums.share.add_(beta)
+            share.add_(beta)
         sums.P.add_((of_raw.mT @ self.product).mT)
         sums.total.addcmul_(F_, v)
         of_v = back.mul_(weight).addcmul_(F_, others.sub_(v))

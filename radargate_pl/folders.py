@@ -1,4 +1,4 @@
-"""Folders that are either whole or absent: temporary folder, then rename; and the cache they lie in."""
+"""Folders that are either whole or absent: temporary folder, then rename."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-
-def cache_folder() -> Path:
-    """Where this package keeps what it fetched or made: `RADARGATE_CACHE`, else `~/.cache/radargate`."""
-    return Path(os.environ.get("RADARGATE_CACHE") or "~/.cache/radargate").expanduser()
 
 
 @contextmanager

@@ -53,15 +53,16 @@ def mix(
         rotation: what happens to each kept expert.
         x: layer input, (..., in).
         active: local indices the latents belong to; ``None`` means all.
-        mixture: "auto" leaves the common cases to `fast_mixture`, "plain" none.
+        mixture: "auto" leaves the common cases to `fast_mixture`, "torch" too, but without native code, "plain" none.
 
     Returns:
         (..., out), float32.
 
     Source: arXiv 2505.23184, eq. 1, 4 and 8.
     """
-    if mixture == "auto" and is_fast(routing, bank, combine, rotation, active):
-        return fast_mix(latents, routing, bank, rotation, x)
+    may_be_native = mixture == "auto"
+    if mixture != "plain" and is_fast(routing, bank, combine, rotation, active, may_be_native):
+        return fast_mix(latents, routing, bank, rotation, x, may_be_native)
     if not latents.shape[-1]:  # the routing of a gate that ignores them is none for the fast form
         latents = bank.project(x, active)
     latents = rotation.latents(latents, x, routing.indices)

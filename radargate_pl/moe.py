@@ -32,7 +32,7 @@ class MoELinear(CountsChanges):
         context: ids and masks of the batch, shared by the whole network.
         combine: what becomes of the kept outputs before they are summed.
         dropout: probability of zeroing an input of the experts while they train; one mask for all experts of the layer.
-        mixture: "auto" takes `fast_mixture` where it can, "plain" never.
+        mixture: "auto" takes `fast_mixture` where it can, "torch" too, but without native code, "plain" never.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class MoELinear(CountsChanges):
         active = self.gate.active(self.bank, self.context)
         if active == ():
             return y
-        no_latents = self.mixture == "auto" and reads_input(x, self.gate, self.bank, self.combine, active)
+        no_latents = self.mixture != "plain" and reads_input(x, self.gate, self.bank, self.combine, active)
         if no_latents:
             latents = x.new_empty((*x.shape[:-1], self.bank.num_experts, 0))
         else:

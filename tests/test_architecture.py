@@ -16,7 +16,16 @@ LAYERS = {
     1: {
         "benchmarks",
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
-        *("gates", "prototypes", "fast_rotation", "rank_rotation", "rotation_function", "rotations"),
+        *(
+            "gates",
+            "prototypes",
+            "fast_rotation",
+            "gathered_rows",
+            "native",
+            "rank_rotation",
+            "rotation_function",
+            "rotations",
+        ),
     },
     2: {
         *("combines", "expert_sources", "fast_mixture", "kept_grams", "mixture", "moe", "prompt_gates", "records"),
@@ -64,7 +73,7 @@ LAYERS = {
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
 }
-FREE = {"", "atomic_files"}  # the version, and files on a disk: standard library only
+FREE = {"", "atomic_files", "cache_folder"}  # the version, and files on a disk: standard library only
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 # What each layer may import besides torch and the standard library.

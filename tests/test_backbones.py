@@ -14,7 +14,8 @@ from tiny_adapters import llama, logits, t5
 
 from radargate_pl import backbones
 from radargate_pl.backbones import load_backbone, load_tokenizer, resolve_backbone
-from radargate_pl.folders import cache_folder, folder_made_once, replacing_folder
+from radargate_pl.cache_folder import cache_folder
+from radargate_pl.folders import folder_made_once, replacing_folder
 
 
 @pytest.fixture(scope="module")

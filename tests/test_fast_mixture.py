@@ -46,9 +46,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry for each fast mixture that is made: whether it started from the input."""
     calls = []
 
-    def counted(latents: Tensor, *rest: object) -> Tensor:
+    def counted(latents: Tensor, *rest: object, **options: object) -> Tensor:
         calls.append(latents.shape[-1] == 0)
-        return fast_mixture.fast_mix(latents, *rest)
+        return fast_mixture.fast_mix(latents, *rest, **options)
 
     monkeypatch.setattr("radargate_pl.mixture.fast_mix", counted)
     return calls
@@ -92,12 +92,14 @@ def test_results_are_those_of_plain_operations(
     for dtype, relative in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
         layer = layer_in(dtype, gate, count, **sizes)
         x = tokens(3, 5, dtype=dtype)
-        for ours, plain in zip(*(results(layer, x, mixture) for mixture in ("auto", "plain")), strict=True):
+        forms = [results(layer, x, mixture) for mixture in ("auto", "torch", "plain")]
+        for native, ours, plain in zip(*forms, strict=True):
+            assert_near(native, plain, relative, f"{dtype} {tuple(plain.shape)}, native")
             assert_near(ours, plain, relative, f"{dtype} {tuple(plain.shape)}")
     reads_latents = gate.func is RotationGate or gate.keywords.get("scorer") == "experts"
     starts_from_input = reads_input(x, layer.gate, layer.bank, layer.combine, None)
     is_used = layer.gate.rotation.acts_on_outputs or count == MANY
-    assert calls == [starts_from_input] * 2 * is_used
+    assert calls == [starts_from_input] * 4 * is_used
     assert starts_from_input <= (not reads_latents)
     if gate.func is RadarGate and gate.keywords["top_k"] == 2:
         assert starts_from_input == (count == MANY and not reads_latents)
@@ -129,7 +131,8 @@ def test_results_are_those_of_dense_experts(gate: partial, count: int) -> None:
     ("norm", "form"),
     [*((n, f) for n in ("none", "rms") for f in ("latents", "input", "all")), (None, "latents"), (None, "input")],
 )
-def test_gradients_are_those_of_finite_differences(norm: str | None, form: str) -> None:
+@pytest.mark.parametrize("may_be_native", [True, False], ids=["native", "torch"])
+def test_gradients_are_those_of_finite_differences(norm: str | None, form: str, may_be_native: bool) -> None:
     bank, site = bank_of(experts_of(3, out_features=5)), site_of(5)
     rotation = NoRotation(site) if norm is None else RadarRotation(site, rotation_rank=2, angle_norm=norm).double()
     randomise(rotation)
@@ -141,7 +144,7 @@ def test_gradients_are_those_of_finite_differences(norm: str | None, form: str) 
     source = x if form == "input" else latents
 
     def mixed(*_: Tensor) -> Tensor:
-        return fast_mixture.fast_mix(latents, Routing(weights, indices, None), bank, rotation, x)
+        return fast_mixture.fast_mix(latents, Routing(weights, indices, None), bank, rotation, x, may_be_native)
 
     assert torch.autograd.gradcheck(mixed, (source, weights, *rotation.parameters()))
 
@@ -386,5 +389,5 @@ def test_training_curves_lie_on_top_of_each_other(monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_mixture_is_refused_by_name() -> None:
     bank = bank_of(experts_of(2, dtype=torch.float32))
     model = torch.nn.ModuleDict({"layer": torch.nn.Linear(IN, 9)})
-    with pytest.raises(ValueError, match="mixture to be 'auto' or 'plain', but got 'quick'"):
+    with pytest.raises(ValueError, match="mixture to be 'auto', 'torch' or 'plain', but got 'quick'"):
         attach(model, {"layer": bank}, StretchGate, context=Context(), mixture="quick")

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from radargate_pl.cache_folder import cache_folder
 from radargate_pl.data.records import Record
-from radargate_pl.folders import cache_folder
 
 FORMAT_VERSION = 1
 

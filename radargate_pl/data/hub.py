@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from radargate_pl.cache_folder import cache_folder
 from radargate_pl.data.records import SPLIT_WORDS, Line
-from radargate_pl.folders import cache_folder
 
 SETTINGS = ("config", "revision")
 

@@ -1,0 +1,94 @@
+"""From C++ to functions that can be called: compiled once for a kind of processor, kept in the cache folder (layer 1).
+
+A plain library without torch's headers takes two seconds to build, not half a minute, and holds for every version of
+torch. It is built beside its place and renamed: processes that start together, or are killed, leave no lock and no half
+file. Nothing is linked: threads come from the OpenMP library that torch has loaded, since two of them would fight.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from radargate_pl.atomic_files import save_atomically
+from radargate_pl.cache_folder import cache_folder
+from radargate_pl.notices import say_once
+
+SOURCE = Path(__file__).with_name("turned_sum.cpp")
+# No -ffast-math: NaN and infinity mean what they say. No -march=native: the machines of a cluster share a cache.
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+AVX2 = ("-mavx2", "-mfma")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq")
+OF_PROCESSOR = {"AVX2": AVX2, "AVX512": AVX512}
+SECONDS = 120  # for building: fifty times what it takes on a quiet machine
+
+
+@functools.cache
+def native_library() -> ctypes.CDLL | None:
+    """Return the library; ``None``, after one warning, where it cannot be built or loaded."""
+    try:
+        return _loaded(_place())
+    except (OSError, subprocess.SubprocessError) as error:
+        say_once(
+            f"The mixture runs without its native code, more slowly and to the same results: {_cause(error)}. "
+            "Install a C++ compiler (g++, or name one in CXX), or set model.network.init_args.execution.mixture: torch "
+            "to not try."
+        )
+        return None
+
+
+def _place() -> Path:
+    key = "\n".join([SOURCE.read_text(encoding="utf-8"), platform.machine(), *_flags()])
+    return cache_folder() / "native" / f"turned_sum-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+
+
+def _flags() -> tuple[str, ...]:
+    return (*FLAGS, *OF_PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ()))
+
+
+def _loaded(place: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(place))
+    except OSError:  # not there, or of a machine with another C library
+        pass
+    with tempfile.TemporaryDirectory(prefix="radargate-native-") as folder:
+        built = _built(Path(folder))
+        try:
+            save_atomically(place, partial(_copy, built))
+        except OSError:  # a cache that cannot be written: every process builds its own
+            return ctypes.CDLL(str(built))
+    return ctypes.CDLL(str(place))
+
+
+def _copy(built: Path, file: BinaryIO) -> None:
+    file.write(built.read_bytes())
+
+
+def _built(folder: Path) -> Path:
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"there is no compiler {compiler[0]}")
+    compiled, built = folder / "turned_sum.o", folder / "turned_sum.so"
+    _run([*compiler, *_flags(), "-c", str(SOURCE), "-o", str(compiled)])
+    _run([*compiler, "-shared", str(compiled), "-o", str(built)])
+    return built
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+
+
+def _cause(error: Exception) -> str:
+    said = getattr(error, "stderr", None) or str(error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
