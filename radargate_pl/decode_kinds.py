@@ -36,7 +36,7 @@ def settings_of(layer: MoELinear) -> list[tuple[dict[str, Any], str, object]]:
     """Return what decides how a layer computes and is no parameter: where it is kept, its name, its value."""
     owners: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         (layer._modules, ("bank", "gate")),
-        (layer.__dict__, ("combine",)),
+        (layer.__dict__, ("combine", "mixture")),
         (layer.bank.__dict__, ("scaling", "in_blocks")),
         (layer.gate.__dict__, ("forward", "top_k", "temperature", "renormalize", "output_scale")),
         (layer.gate.rotation.__dict__, ("angle_norm", "angle_bound", "rotation_rank", "rotation_sharing")),

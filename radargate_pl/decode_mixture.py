@@ -67,10 +67,8 @@ class DecodeMixture:
         self.widths = [bank.out_features for bank in banks]
         self.width = max(self.widths) + max(self.widths) % 2
         ranks, members = kind.experts * kind.rank, len(layers)
-        is_narrow, read = kind.dtype != self.dtype, sum(kind.in_features + width for width in self.widths)
-        is_large = ranks > MASKED_RANKS and not is_narrow and kind.kept < kind.experts
-        is_collapsed = kind.in_features * sum(self.widths) <= COLLAPSED_SHARE * ranks * read
-        self.gathers_A = is_large and (is_collapsed or not kind.rotation_rank)
+        is_narrow = kind.dtype != self.dtype
+        self.gathers_A = is_large(kind) and (collapses(kind, self.widths) or not kind.rotation_rank)
         self.collapses = self.gathers_A and kind.rotation_rank > 0
         # A shared A is a single one. The banks' own tensors: only what is fused is copied.
         self.lora_A = [layer.bank.lora_A.detach().expand(kind.experts, -1, -1) for layer in layers]
@@ -80,7 +78,7 @@ class DecodeMixture:
         # Banks in a narrower dtype have latents of that dtype: a product of their own.
         self.narrow_A = torch.cat(lora_A) if is_narrow else None
         if self.collapses:
-            fused += [_total_map(bank, self.dtype) for bank in banks]
+            fused += [total_map(bank, self.dtype) for bank in banks]
         elif not is_narrow and not self.gathers_A:
             fused += lora_A
         self.fused = torch.cat([part.detach().to(self.dtype) for part in fused]).T
@@ -88,8 +86,8 @@ class DecodeMixture:
         self.lora_B = torch.cat(scaled)  # (M * E, r, D)
         self.stacked_B = self.lora_B.view(members, ranks, self.width)
         self.member_B = [part[:, :width] for part, width in zip(self.stacked_B, self.widths, strict=True)]
-        self.temperature = _per_member([_factor(gate, "temperature") for gate in gates], self.fused)
-        self.output_scale = _per_member([_factor(gate, "output_scale") for gate in gates], self.fused)
+        self.temperature = _per_member([gate_factor(gate, "temperature") for gate in gates], self.fused)
+        self.output_scale = _per_member([gate_factor(gate, "output_scale") for gate in gates], self.fused)
         self.first_row = torch.arange(members, device=kind.device).view(-1, 1, 1) * kind.experts
         if kind.rotation_rank:
             self._store_rotation([cast(RadarRotation, gate.rotation) for gate in gates])
@@ -223,17 +221,30 @@ class DecodeMixture:
         torch.mul(buffers.v_planes, buffers.turn_planes, out=buffers.turned_planes)
 
 
+def is_large(kind: Kind) -> bool:
+    """Tell whether only the kept experts' latents may be made."""
+    is_narrow = kind.dtype != gate_dtype(kind.dtype)
+    return kind.experts * kind.rank > MASKED_RANKS and not is_narrow and kind.kept < kind.experts
+
+
+def collapses(kind: Kind, widths: Sequence[int]) -> bool:
+    """Tell whether ``S = x W_sum`` reads less than going through all latents, for members of these widths."""
+    read = kind.experts * kind.rank * sum(kind.in_features + width for width in widths)
+    return is_large(kind) and kind.in_features * sum(widths) <= COLLAPSED_SHARE * read
+
+
 def _padded(matrix: Tensor, columns: int) -> Tensor:
     return F.pad(matrix, (0, columns - matrix.shape[-1]))
 
 
-def _total_map(bank: ExpertBank, dtype: torch.dtype) -> Tensor:
+def total_map(bank: ExpertBank, dtype: torch.dtype) -> Tensor:
     """``W_sum^T = (sum_i A_i B_i)^T``, (out, in), scaling included."""
     lora_A = bank.lora_A.expand(bank.num_experts, -1, -1).to(dtype).flatten(0, 1)
     return bank._scaled_B(dtype).transpose(0, 1).flatten(1) @ lora_A
 
 
-def _factor(gate: StretchGate, name: str) -> float | Tensor:
+def gate_factor(gate: StretchGate, name: str) -> float | Tensor:
+    """Return a gate's "temperature" or "output_scale", a number or what was learned."""
     learned = gate.log_temperature if name == "temperature" else gate.output_scale_weight
     if learned is None:
         return float(getattr(gate, name))

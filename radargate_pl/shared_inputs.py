@@ -16,6 +16,7 @@ from torch import Tensor
 
 from radargate_pl.decode_kinds import Kind, hooks_of, kind_of, settings_of
 from radargate_pl.decode_mixture import DecodeMixture
+from radargate_pl.native_decode import NativeDecodeMixture, suits_native
 from radargate_pl.remembered import Snapshot
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Together:
         self._hooks = [hooks for layer in layers for hooks in hooks_of(layer)]
         # Lightning validates in inference mode: a plan made there would not notice later changes.
         with torch.inference_mode(False), torch.no_grad():
-            self.plan: DecodeMixture | None = DecodeMixture(layers, kind)
+            form = NativeDecodeMixture if suits_native(layers, kind) else DecodeMixture
+            self.plan: NativeDecodeMixture | DecodeMixture | None = form(layers, kind)
 
     def is_current(self) -> bool:
         """Whether there is a plan, and all parameters and settings are those it was made from."""

@@ -29,7 +29,7 @@ LAYERS = {
     },
     2: {
         *("combines", "expert_sources", "fast_mixture", "kept_grams", "mixture", "moe", "prompt_gates", "records"),
-        *("decode_buffers", "decode_kinds", "decode_mixture", "shared_inputs"),
+        *("decode_buffers", "decode_kinds", "decode_mixture", "native_decode", "shared_inputs"),
     },
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),

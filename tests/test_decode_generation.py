@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
+from quick_forms import FORMS, count_updates
 from test_decoding import FIXED_LENGTH, prompts_of
 from tiny_models import model_folder, network_of, write_expert
 
-from radargate_pl import decode_mixture, shared_inputs
+from radargate_pl import shared_inputs
 from radargate_pl.backbones import load_backbone
 from radargate_pl.gates import RadarGate, StretchGate
 from radargate_pl.networks import GatedNetwork
@@ -41,19 +41,10 @@ def general_path() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+@pytest.fixture(params=FORMS)
+def sizes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
     """Number of layers of each quick computation."""
-    found: list[int] = []
-    plain = decode_mixture.DecodeMixture.updates
-
-    def updates(self: Any, x: torch.Tensor) -> Any:
-        result = plain(self, x)
-        found.append(0 if result is None else len(self.widths))
-        return result
-
-    monkeypatch.setattr(decode_mixture.DecodeMixture, "updates", updates)
-    return found
+    return count_updates(monkeypatch, request.param)
 
 
 CASES = [("llama", partial(RadarGate, top_k=2)), ("llama", StretchGate), ("t5", partial(RadarGate, top_k=1))]

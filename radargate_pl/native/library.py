@@ -24,7 +24,7 @@ from radargate_pl.atomic_files import save_atomically
 from radargate_pl.cache_folder import cache_folder
 from radargate_pl.notices import say_once
 
-SOURCE = Path(__file__).with_name("turned_sum.cpp")
+FOLDER = Path(__file__).parent
 # No -ffast-math: NaN and infinity mean what they say. No -march=native: the machines of a cluster share a cache.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 AVX2 = ("-mavx2", "-mfma")
@@ -48,8 +48,9 @@ def native_library() -> ctypes.CDLL | None:
 
 
 def _place() -> Path:
-    key = "\n".join([SOURCE.read_text(encoding="utf-8"), platform.machine(), *_flags()])
-    return cache_folder() / "native" / f"turned_sum-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    sources = [path.read_text(encoding="utf-8") for path in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")))]
+    key = "\n".join([*sources, platform.machine(), *_flags()])
+    return cache_folder() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
 
 def _flags() -> tuple[str, ...]:
@@ -78,14 +79,14 @@ def _built(folder: Path) -> Path:
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if shutil.which(compiler[0]) is None:
         raise FileNotFoundError(f"there is no compiler {compiler[0]}")
-    compiled, built = folder / "turned_sum.o", folder / "turned_sum.so"
-    _run([*compiler, *_flags(), "-c", str(SOURCE), "-o", str(compiled)])
-    _run([*compiler, "-shared", str(compiled), "-o", str(built)])
+    sources, built = sorted(map(str, FOLDER.glob("*.cpp"))), folder / "native.so"
+    _run([*compiler, *_flags(), "-c", *sources], folder)
+    _run([*compiler, "-shared", *sorted(map(str, folder.glob("*.o"))), "-o", str(built)], folder)
     return built
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+def _run(command: list[str], folder: Path) -> None:
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=SECONDS)
 
 
 def _cause(error: Exception) -> str:

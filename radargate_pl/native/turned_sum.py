@@ -104,7 +104,9 @@ def gathered_sums(factors: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     tokens, kept, rank = factors.shape
     result = factors.new_empty(tokens, rows.shape[1])
     pointers = _pointers(factors, indices, rows, result)
-    _function("gathered_sums", factors, rows)(tokens, kept, rank, rows.shape[1], *pointers, torch.get_num_threads())
+    native_function("gathered_sums", factors.dtype, rows.dtype)(
+        tokens, kept, rank, rows.shape[1], *pointers, torch.get_num_threads()
+    )
     return result
 
 
@@ -113,7 +115,9 @@ def gathered_dots(wide: Tensor, indices: Tensor, rows: Tensor, rank: int) -> Ten
     (tokens, width), kept = wide.shape, indices.shape[1]
     result = wide.new_empty(tokens, kept, rank)
     pointers = _pointers(wide, indices, rows, result)
-    _function("gathered_dots", wide, rows)(tokens, kept, rank, width, *pointers, torch.get_num_threads())
+    native_function("gathered_dots", wide.dtype, rows.dtype)(
+        tokens, kept, rank, width, *pointers, torch.get_num_threads()
+    )
     return result
 
 
@@ -131,7 +135,7 @@ def _call(
 ) -> None:
     sizes = (*latents.shape, total.shape[1], P.shape[1])
     pointers = _pointers(total, latents, weights, indices, B, P.mT, Q, *results)
-    _function(name, total, B)(*sizes, is_normed, RMS_EPS, *pointers, torch.get_num_threads())
+    native_function(name, total.dtype, B.dtype)(*sizes, is_normed, RMS_EPS, *pointers, torch.get_num_threads())
 
 
 def _pointers(*tensors: Tensor | None) -> list["_Pointer"]:
@@ -152,10 +156,12 @@ ARGUMENTS = {
     "turned_sum_gradients": (*[INTEGER] * 5, ctypes.c_bool, ctypes.c_double, *[POINTER] * 13, ctypes.c_int),
     "gathered_sums": (*[INTEGER] * 4, *[POINTER] * 4, ctypes.c_int),
     "gathered_dots": (*[INTEGER] * 4, *[POINTER] * 4, ctypes.c_int),
+    "decode_step": (POINTER, INTEGER, POINTER, INTEGER, ctypes.c_int),
 }
 
 
-def _function(name: str, computed: Tensor, stored: Tensor) -> Callable[..., None]:
-    function = getattr(native_library(), f"{name}_{NAMES[computed.dtype, stored.dtype]}")
-    function.argtypes, function.restype = ARGUMENTS[name], None
+def native_function(name: str, dtype: torch.dtype, stored: torch.dtype) -> Callable[..., None]:
+    """Return a function of the library for what is computed in one dtype from rows stored in another."""
+    function: Callable[..., None] = getattr(native_library(), f"{name}_{NAMES[dtype, stored]}")
+    function.argtypes, function.restype = ARGUMENTS[name], None  # type: ignore[attr-defined]
     return function
