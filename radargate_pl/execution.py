@@ -14,6 +14,7 @@ from radargate_pl.fast_mixture import Mixture
 from radargate_pl.gates import RadarGate, StretchGate
 from radargate_pl.grouped_attention import use_grouped_attention
 from radargate_pl.moe import MoELinear
+from radargate_pl.native.library import native_library
 from radargate_pl.quantization import number_of_weights
 
 # Compiling takes about half a minute of a processor and gives back a fifth of a step or more: with batches of half a
@@ -111,7 +112,14 @@ class AppliedExecution:
         """Say in one line what runs, e.g. ``attention: sdpa, compile: no (auto: 40 batches are too few)``."""
         failure = None if self.compiled is None else self.compiled.failure
         compilation = self.compilation if failure is None else f"no ({failure})"
-        return f"attention: {self.attention}, compile: {compilation}, mixture: {self.execution.mixture}"
+        return f"attention: {self.attention}, compile: {compilation}, mixture: {self._mixture()}"
+
+    def _mixture(self) -> str:
+        asked = self.execution.mixture
+        if asked != "auto" or not self._layers:
+            return asked
+        is_native = self._model.device.type == "cpu" and native_library() is not None
+        return f"auto ({'native code' if is_native else 'torch'})"
 
     def _compile(self, missing: str | None) -> None:
         if missing is not None:

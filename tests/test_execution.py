@@ -155,6 +155,6 @@ def test_a_gate_is_the_same_however_it_is_computed(tmp_path):
     plain.save_pretrained(tmp_path / "gate")
     assert not {"execution", "attention", "mixture"} & set(json.loads((tmp_path / "gate/gate_config.json").read_text()))
     again = GatedNetwork.from_pretrained(tmp_path / "gate", dtype="float32", execution=Execution(compile=False))
-    assert again.applied_execution.line() == "attention: sdpa, compile: no (false), mixture: auto"
+    assert again.applied_execution.line() == "attention: sdpa, compile: no (false), mixture: auto (native code)"
     for name, value in plain.gate_state().items():
         assert torch.equal(again.gate_state()[name], value)

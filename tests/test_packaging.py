@@ -28,7 +28,8 @@ def wheel(tmp_path_factory):
 def test_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {name for name in names if ".dist-info/" not in name}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "radargate_pl").rglob("*.py")}
+    sources = (path for ending in ("py", "cpp", "h") for path in (ROOT / "radargate_pl").rglob(f"*.{ending}"))
+    modules = {str(path.relative_to(ROOT)) for path in sources}
     configs = {f"radargate_pl/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert package == modules | configs
     assert any(name.endswith("licenses/LICENSE") for name in names)

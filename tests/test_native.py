@@ -1,0 +1,169 @@
+"""Native code: its cosines, its threads, and what happens where it cannot be built."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from builders import IN, assert_near, experts_of, layer_of, randomise
+from mixture_switch import IS_PLAIN
+from torch import Tensor
+
+from radargate_pl import notices
+from radargate_pl.gates import RadarGate
+from radargate_pl.native import library
+from radargate_pl.native.turned_sum import gathered_dots, gathered_sums, turned_sum, turned_sum_gradients
+
+ROOT = Path(__file__).parent.parent
+BUILT = library.native_library() is not None
+
+pytestmark = pytest.mark.skipif(not BUILT, reason="there is no C++ compiler here")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """As in a new process with an empty cache, which is returned."""
+    monkeypatch.setenv("RADARGATE_CACHE", str(tmp_path / "cache of mine"))
+    library.native_library.cache_clear()
+    notices.say_once.cache_clear()
+    yield tmp_path / "cache of mine"
+    library.native_library.cache_clear()
+    notices.say_once.cache_clear()
+
+
+def turns_of(angles: Tensor) -> Tensor:
+    """Cosines and sines beside each other, from a mixture of one expert whose v turns by exactly these angles."""
+    planes, like = len(angles), {"dtype": angles.dtype}
+    v = torch.tensor([1.0, 0.0], **like).repeat(planes)
+    P = torch.zeros(2 * planes, 1, **like)
+    P[0] = 1
+    ones, which = torch.ones(1, 1, **like), torch.zeros(1, 1, dtype=torch.int64)
+    mixed = turned_sum(2 * v[None], ones[..., None], ones, which, v[None], P, angles[None], False)
+    return mixed.view(planes, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cosines_and_sines_are_those_of_the_angles(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-3, 1.0, 30.0, 8000.0, 1e6, 1e30):
+        angles = (size * torch.randn(1001, generator=generator, dtype=torch.float64)).to(dtype)
+        expected = torch.stack([angles.double().cos(), angles.double().sin()], -1)
+        assert (turns_of(angles).double() - expected).abs().max() <= 2.0 * torch.finfo(dtype).eps, size
+    assert turns_of(torch.tensor([float("nan"), float("inf"), 0.0], dtype=dtype)).isnan().all(1).tolist()[:2] == [1, 1]
+    quarters = torch.arange(-8, 9, dtype=torch.float64).mul(torch.pi / 4).to(dtype)
+    expected = torch.stack([quarters.double().cos(), quarters.double().sin()], -1)
+    assert (turns_of(quarters).double() - expected).abs().max() <= torch.finfo(dtype).eps
+
+
+def operands(tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(tokens, 13), (tokens, 2, 5), (tokens, 2), (4 * 5, 13), (13, 3), (3, 6)]
+    total, latents, weights, B, P, Q = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+    return [total, latents, weights, torch.randint(0, 4, (tokens, 2), generator=generator), B, P, Q]
+
+
+def with_threads(count: int, arguments: list[Tensor]) -> list[Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        mixed = turned_sum(*arguments, True)
+        return [mixed, *turned_sum_gradients(torch.cos(mixed), *arguments, True)]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_share_the_tokens_and_their_sums_are_added_in_order() -> None:
+    for tokens in (1, 2, 37):
+        arguments = operands(tokens)
+        alone, together, again = (with_threads(count, arguments) for count in (1, 3, 3))
+        for one, several, repeated in zip(alone, together, again, strict=True):
+            assert torch.equal(several, repeated)
+            assert_near(several, one, 1e-5, f"{tuple(one.shape)}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathered_rows_are_those_of_an_index(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(6 * 5, 11, generator=generator).to(dtype)
+    indices = torch.randint(0, 6, (7, 3), generator=generator)
+    factors, wide = torch.randn(7, 3, 5, generator=generator), torch.randn(7, 11, generator=generator)
+    chosen = rows.float().unflatten(0, (6, 5))[indices]
+    assert_near(gathered_sums(factors, indices, rows), (factors.unsqueeze(-1) * chosen).sum((1, 2)), 1e-6, "sums")
+    assert_near(gathered_dots(wide, indices, rows, 5), (chosen * wide[:, None, None]).sum(-1), 1e-6, "dots")
+
+
+def test_numbers_that_are_none_stay_none() -> None:
+    arguments = operands(4)
+    arguments[1][2] = float("nan")
+    mixed = turned_sum(*arguments, True)
+    assert mixed.isnan().any(1).tolist() == [False, False, True, False]
+
+
+def mixture_is_right() -> None:
+    layer = layer_of(experts_of(5, dtype=torch.float32), RadarGate)
+    randomise(layer.gate)
+    x = torch.randn(3, IN)
+    found = layer(x.requires_grad_())
+    layer.mixture = "plain"
+    assert_near(found, layer(x), 1e-5, "mixture")
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler --fast", "false"])
+def test_without_a_compiler_one_warning_says_so_and_the_results_are_the_same(
+    compiler: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    with caplog.at_level(logging.WARNING):
+        mixture_is_right()
+        mixture_is_right()
+    if IS_PLAIN:
+        return
+    (warning,) = [record.message for record in caplog.records]
+    assert compiler.split()[0] in warning
+    assert "CXX" in warning
+    assert "execution.mixture: torch" in warning
+    assert not fresh.exists()
+
+
+def test_a_compiler_may_have_arguments(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ -g0")
+    assert library.native_library() is not None
+
+
+def test_it_is_built_once_for_all_processes(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library.native_library() is not None
+    (made,) = (fresh / "native").iterdir()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    library.native_library.cache_clear()
+    assert library.native_library() is not None
+    assert [made] == list((fresh / "native").iterdir())
+
+
+def test_half_a_file_is_built_anew(fresh: Path) -> None:
+    place = library._place()
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"\x7fELF half of one")
+    assert library.native_library() is not None
+    assert place.stat().st_size > 10_000
+
+
+def test_a_cache_that_cannot_be_written_costs_a_build_and_no_more(fresh: Path) -> None:
+    fresh.write_text("a file where the folder should be")
+    assert library.native_library() is not None
+    mixture_is_right()
+    assert fresh.read_text() == "a file where the folder should be"
+
+
+def test_processes_that_build_at_once_do_not_disturb_each_other(fresh: Path) -> None:
+    code = "from radargate_pl.native.library import native_library as n; assert n() is not None; print(n())"
+    command = [sys.executable, "-c", code]
+    started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert all("CDLL" in line for line in said)
+    assert len(list((fresh / "native").iterdir())) == 1
