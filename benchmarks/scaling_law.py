@@ -5,7 +5,8 @@
 
 The backbone is a random Llama (see --width and --depth); q_proj and v_proj carry random experts and RadarGate with
 k = 2. The same mixture made dense (every output of every expert) runs beside it as long as it fits. The backbone's own
-products, bytes and time are measured without experts and taken off. Writes scaling_law.json, .md and .png.
+products, bytes and time are measured without experts and taken off. Products are counted in torch's operations, native
+code is timed. Writes scaling_law.json, .md and .png.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from radargate_pl.adapters import target_linears
 from radargate_pl.experts import ExpertBank
 from radargate_pl.gates import Context
-from radargate_pl.moe import attach
+from radargate_pl.moe import attach, moe_layers
 
 RANK, TOP_K, ANGLE_RANK = 8, 2, 8
 KINDS = ("plain", "eager", "naive")
@@ -94,6 +95,12 @@ def put_experts(model: nn.Module, kind: str, n: int, options: argparse.Namespace
     return sizes
 
 
+def set_mixture(model: nn.Module, mode: str) -> None:
+    """Choose the form of all mixtures: nothing can count the products of native code."""
+    for layer in moe_layers(model).values():
+        choose_mixture(layer, MODES[mode])
+
+
 def _bank(linear: nn.Linear, n: int, generator: torch.Generator) -> ExpertBank:
     lora_A, lora_B = {}, {}
     for index in range(n):
@@ -120,7 +127,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         model = backbone_of(options)
         sizes = put_experts(model, kind, n, options)
         forward = forward_of(model, options)
+        set_mixture(model, "torch" if kind == "eager" else kind)
         counted = count(forward)
+        set_mixture(model, kind)
         row = Row("step", kind, n=n)
         cases[row] = Case(lambda forward=forward: forward().backward(), model)
         tokens = options.batch * options.length

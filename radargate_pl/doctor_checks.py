@@ -111,7 +111,7 @@ def check_device() -> Iterator[Finding]:
     """CPU, GPUs, memory, and whether bfloat16 works.
 
     Yields:
-        A finding for the CPU, one for CUDA, one for each GPU.
+        Findings for the CPU and the mixture's native code there, one for CUDA, one for each GPU.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -122,6 +122,7 @@ def check_device() -> Iterator[Finding]:
         yield Finding("device", "wrong", f"torch cannot be imported: {error}")
         return
     yield _bf16_on_cpu(torch)
+    yield _native_code()
     has_driver = Path("/proc/driver/nvidia/version").exists()
     if torch.cuda.is_available():
         yield Finding("device", "ok", f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices")
@@ -135,6 +136,18 @@ def check_device() -> Iterator[Finding]:
         yield Finding("device", "warning", f"there is an NVIDIA driver, but torch finds no device ({why})")
     else:
         yield Finding("device", "note", "no GPU")
+
+
+def _native_code() -> Finding:
+    from radargate_pl.native.library import attempt
+
+    library, cause = attempt()
+    if library is not None:
+        return Finding("device", "ok", "native code of the mixture: built")
+    advice = "install g++, or name a C++ compiler in CXX"
+    return Finding(
+        "device", "warning", f"no native code of the mixture, fits on this CPU are slower: {cause}; {advice}"
+    )
 
 
 def _bf16_on_cpu(torch: Any) -> Finding:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from radargate_pl.notices import say_once
 from radargate_pl.precision import Float32Module
 
 if TYPE_CHECKING:
@@ -157,12 +159,39 @@ def multiply_exactly(model: nn.Module, dtype: torch.dtype) -> None:
         return  # importing bitsandbytes takes seconds
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
+    misread: dict[int, str] = {}  # width to one of its layers
     for path, layer in list(model.named_modules()):
         if isinstance(layer, Linear8bitLt):
             model.set_submodule(path, Linear8bit(layer))
         elif isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
+            if layer.in_features not in misread and is_misread(layer.weight):
+                misread[layer.in_features] = path
+    if misread:
+        examples = ", ".join(f"{path} ({width} inputs)" for width, path in misread.items())
+        say_once(
+            f"On this processor {PACKAGE} misreads 4-bit weights of layers whose inputs are no multiple of 64: {examples}."
+            " The model differs from its quantised weights there; set quantization: 8bit, or use a GPU."
+        )
+
+
+def is_misread(weight: Any) -> bool:
+    """Tell whether bitsandbytes reads a 4-bit weight otherwise row by row than as one row, which holds whole blocks.
+
+    Its release 0.50.2 does on processors with AVX512, by up to the size of the weights.
+
+    Args:
+        weight: a `bitsandbytes.nn.Params4bit` on a CPU; others are taken to be right.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = weight.quant_state
+    if weight.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
+        return False
+    flat = copy(state)
+    flat.shape = torch.Size([1, state.shape.numel()])
+    return not torch.equal(dequantize_4bit(weight.data, state).flatten(), dequantize_4bit(weight.data, flat).flatten())
 
 
 def _method_of(stored: Any) -> str:

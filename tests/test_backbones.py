@@ -49,7 +49,7 @@ def hub_cache(tmp_path, monkeypatch):
 def test_the_debug_backbone_is_always_the_same(empty_cache, debug_folder):
     torch.manual_seed(7)
     expected_draw = torch.rand(1, generator=torch.Generator().manual_seed(7))
-    one = load_backbone("debug-tiny")
+    one = load_backbone("debug-tiny", "float32")
     assert torch.equal(torch.rand(1), expected_draw)  # making it did not touch the global generator
     assert one.folder == empty_cache / "backbones" / "debug-tiny-v1"
     assert one.fingerprint == load_backbone(str(debug_folder)).fingerprint
@@ -84,11 +84,11 @@ def test_the_fingerprint_is_of_the_files_before_the_cast(folder):
 
 
 def test_a_sharded_backbone_has_the_same_fingerprint(folder, tmp_path):
-    one = load_backbone(str(folder))
+    one = load_backbone(str(folder), "float32")
     one.model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     one.tokenizer.save_pretrained(tmp_path / "sharded")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    other = load_backbone(str(tmp_path / "sharded"))
+    other = load_backbone(str(tmp_path / "sharded"), "float32")
     assert other.fingerprint == one.fingerprint
     assert torch.equal(logits(other.model), logits(one.model))
 

@@ -276,16 +276,22 @@ def test_inner_products_of_recorded_outputs_have_the_gradients_of_plain_operatio
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of what torch does there itself
-def test_inside_compile_and_when_told_so_the_operations_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scalings", [(2.0, 1.0, 3.27), (2.0,)])
+@pytest.mark.parametrize("top_k", [1, 2, FEW])
+def test_inside_compile_only_native_code_is_not_plain(
+    top_k: int, scalings: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = count_calls(monkeypatch)
-    layer, x = layer_in(torch.float32, RadarGate, 40), tokens(5, dtype=torch.float32)
-    expected = results(layer, x, "plain")
-    compiled = torch.compile(layer, backend="eager")
-    for ours, plain in zip(results(layer, x, "auto", compiled), expected, strict=True):
-        assert_near(ours, plain, 1e-6, f"{tuple(plain.shape)}")
-    assert calls == []
-    layer(x)
-    assert calls == [True]
+    for gate, mixture in ((RadarGate, "auto"), (RadarGate, "torch"), (StretchGate, "auto")):
+        layer = layer_in(torch.float64, partial(gate, top_k=top_k), FEW, scalings=scalings)
+        x = tokens(5)
+        expected = results(layer, x, "plain")
+        calls.clear()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+        for ours, plain in zip(results(layer, x, mixture, compiled), expected, strict=True):
+            assert_near(ours, plain, 1e-12, f"{tuple(plain.shape)}")
+        assert calls == [False] * (gate is RadarGate and mixture == "auto")
+        torch.compiler.reset()
 
 
 @pytest.mark.parametrize(

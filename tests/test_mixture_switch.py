@@ -12,6 +12,7 @@ CALLS = """
 import mixture_switch, torch
 from builders import IN, experts_of, layer_of
 from radargate_pl.decode_mixture import DecodeMixture
+from radargate_pl.native_decode import NativeDecodeMixture
 from radargate_pl.expert_sources import LatentSource
 from radargate_pl.gates import RadarGate
 
@@ -20,7 +21,7 @@ def counted(self, *given, make, name):
     make(self, *given)
 
 used = set()
-for kind in (DecodeMixture, LatentSource):
+for kind in (DecodeMixture, NativeDecodeMixture, LatentSource):
     make = kind.__init__
     kind.__init__ = lambda self, *given, make=make, name=kind.__name__: counted(self, *given, make=make, name=name)
 layer = layer_of(experts_of(4, dtype=torch.float32), RadarGate)
@@ -32,7 +33,7 @@ print(*sorted(used))
 """
 
 
-@pytest.mark.parametrize(("mixture", "used"), [("plain", ""), ("", "DecodeMixture LatentSource")])
+@pytest.mark.parametrize(("mixture", "used"), [("plain", ""), ("", "LatentSource NativeDecodeMixture")])
 def test_a_plain_run_computes_nothing_the_quick_ways(mixture: str, used: str) -> None:
     environment = os.environ | {"RADARGATE_TEST_MIXTURE": mixture, "PYTHONPATH": f"{HERE}:{HERE.parent}"}
     found = subprocess.run([sys.executable, "-c", CALLS], env=environment, capture_output=True, text=True, check=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,10 +31,10 @@ pytestmark = pytest.mark.skipif(not BUILT, reason="there is no C++ compiler here
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """As in a new process with an empty cache, which is returned."""
     monkeypatch.setenv("RADARGATE_CACHE", str(tmp_path / "cache of mine"))
-    library.native_library.cache_clear()
+    library.attempt.cache_clear()
     notices.say_once.cache_clear()
     yield tmp_path / "cache of mine"
-    library.native_library.cache_clear()
+    library.attempt.cache_clear()
     notices.say_once.cache_clear()
 
 
@@ -139,7 +141,7 @@ def test_it_is_built_once_for_all_processes(fresh: Path, monkeypatch: pytest.Mon
     assert library.native_library() is not None
     (made,) = (fresh / "native").iterdir()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    library.native_library.cache_clear()
+    library.attempt.cache_clear()
     assert library.native_library() is not None
     assert [made] == list((fresh / "native").iterdir())
 
@@ -150,6 +152,15 @@ def test_half_a_file_is_built_anew(fresh: Path) -> None:
     place.write_bytes(b"\x7fELF half of one")
     assert library.native_library() is not None
     assert place.stat().st_size > 10_000
+
+
+def test_a_file_of_somebody_else_is_not_run(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library.native_library() is not None
+    place = library._place()
+    assert library._is_own(place)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    monkeypatch.setattr(Path, "stat", lambda _: SimpleNamespace(st_uid=23456))
+    assert not library._is_own(place)
 
 
 def test_a_cache_that_cannot_be_written_costs_a_build_and_no_more(fresh: Path) -> None:

@@ -28,13 +28,13 @@ from tiny_models import (
 from tiny_runs import adapters, fit, gated_lm
 from torch import nn
 
-from radargate_pl import quantization
+from radargate_pl import notices, quantization
 from radargate_pl.backbones import load_backbone
 from radargate_pl.callbacks import RunCheckpoint
 from radargate_pl.cli import main
 from radargate_pl.gates import ALL_GATES, TaskGate
 from radargate_pl.networks import GatedNetwork, NewExperts
-from radargate_pl.quantization import Linear8bit, loading_errors
+from radargate_pl.quantization import Linear8bit, is_misread, loading_errors
 
 ROOT = Path(__file__).parent.parent
 REASON = "bitsandbytes is not installed (pip install 'radargate-pl[quantized]')"
@@ -111,7 +111,8 @@ def widened_folder(kind, bits, dtype):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_each_weight_is_the_nearest_its_bits_can_hold(bits):
+def test_each_weight_is_the_nearest_its_bits_can_hold(bits, caplog):
+    notices.say_once.cache_clear()
     plain, narrow = (load_backbone(model_folder("llama"), "float32", kind) for kind in ("none", bits))
     assert narrow.fingerprint == plain.fingerprint
     linears = {path for path, module in plain.model.named_modules() if isinstance(module, nn.Linear)}
@@ -129,7 +130,10 @@ def test_each_weight_is_the_nearest_its_bits_can_hold(bits):
         nearest = (blocks / blocks.abs().amax(1, keepdim=True))[..., None].sub(NF4).abs().argmin(-1)
         expected = NF4[nearest] * blocks.abs().amax(1, keepdim=True)
         difference = (widened(layer).reshape(-1, 64) - expected).abs() / blocks.abs().amax(1, keepdim=True)
-        assert difference.max() < 0.02  # the scales are quantised as well
+        misread = [record.message for record in caplog.records if "misreads 4-bit weights" in record.message]
+        assert bool(misread) == is_misread(layer.weight)  # of these narrow rows, by some processors
+        if not misread:
+            assert difference.max() < 0.02  # the scales are quantised as well
 
 
 @pytest.mark.parametrize("bits", BITS)

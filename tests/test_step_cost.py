@@ -47,7 +47,7 @@ ROWS = ("step/qv/4x128/peft-lora-n1-full", "step/qv/4x128/own-lora", "step/qv/4x
 
 
 def test_the_command_runs_and_says_what_it_measured(script: ModuleType, tmp_path: Path, capsys: Any) -> None:
-    words = ["--backbone=debug-tiny", "--device=cpu", "--rounds=1", "--new_tokens=2"]
+    words = ["--backbone=debug-tiny", "--device=cpu", "--dtype=float32", "--rounds=1", "--new_tokens=2"]
     script.main([*words, f"--runs={tmp_path}", f"--rows={','.join(ROWS)},decode/qv/1x64/ours-n5,layer/qv/4x128/floor"])
     report = json.loads((tmp_path / "step_cost.json").read_text())
     ours, peft, own = (report["rows"][name] for name in (ROWS[2], f"{ROWS[0]}/eager", f"{ROWS[1]}-n1-labels/eager"))

@@ -30,6 +30,7 @@ class Mode(NamedTuple):
 
 MODES = {
     "plain": Mode("plain", False, "model"),
+    "torch": Mode("torch", False, "model"),
     "eager": Mode("auto", False, "model"),
     "grouped": Mode("auto", False, "grouped"),
     "compiled": Mode("auto", True, "auto"),
@@ -123,7 +124,7 @@ def _execution(mode: Mode) -> dict[str, Any]:
     if "execution" in inspect.signature(GatedNetwork.__init__).parameters:
         execution: Any = networks.Execution  # type: ignore[attr-defined]
         return {"execution": execution(mixture=mode.mixture, compile=mode.compile, attention=mode.attention)}
-    if mode in (MODES["plain"], MODES["eager"]):
+    if mode in (MODES["plain"], MODES["torch"], MODES["eager"]):
         return {}
     raise UnavailableError("this version of GatedNetwork takes no execution options")
 

@@ -108,7 +108,7 @@ def _steps(targets: str) -> Iterator[Row]:
     for n in COUNTS:
         yield from (replace(ours, n=n, mode=mode) for mode in ("eager", "compiled"))
     for n in (5, 40):
-        yield from (replace(ours, n=n, mode=mode) for mode in ("plain", "grouped"))
+        yield from (replace(ours, n=n, mode=mode) for mode in ("plain", "torch", "grouped"))
         yield from (replace(ours, n=n, k=k) for k in (1, 0))
         yield replace(ours, n=n, scorer="experts")
     yield replace(ours, n=40, scorer="experts", mode="compiled")
@@ -149,7 +149,8 @@ def _monitors() -> list[Row]:
 def _layers() -> list[Row]:
     rows = [Row("layer", "floor")]
     for n in (5, 40):
-        rows += [Row("layer", "naive", n=n), *(Row("layer", OURS, n=n, mode=mode) for mode in ("plain", "eager"))]
+        rows += [Row("layer", "naive", n=n)]
+        rows += [Row("layer", OURS, n=n, mode=mode) for mode in ("plain", "torch", "eager")]
     return [*rows, Row("layer", OURS, n=256)]
 
 
@@ -160,7 +161,7 @@ def _decoding() -> list[Row]:
         rows += [step_of(kind, "decode", **shape) for kind in ("floor", "peft-lora")]
         rows += [step_of("arrow", "decode", **shape, n=40), step_of("x-lora", "decode", **shape, n=40, is_heavy=True)]
         ours = replace(Row("decode", OURS), **shape)  # type: ignore[arg-type]
-        rows += [replace(ours, n=n, mode=mode) for n in (5, 40) for mode in ("eager", "plain")]
+        rows += [replace(ours, n=n, mode=mode) for n in (5, 40) for mode in ("eager", "torch", "plain")]
     return rows
 
 

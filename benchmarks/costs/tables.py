@@ -19,9 +19,10 @@ TITLES = {
 READING = """
 A step is forward, loss and backward of random tokens without padding; no optimiser. "floor" is the frozen backbone with
 a gradient at its input embeddings. Loss "labels" computes logits of the labelled positions only, "full" is the loss of
-transformers over all of them. Modes: "plain" is the reference code path; "eager" is this package's faster mixture with
-the model's own attention and nothing compiled, and what other packages always run as; "grouped" the same with this
-package's attention; "compiled" has every decoder layer compiled and the attention this package chooses on this machine.
+transformers over all of them. Modes: "plain" is the reference code path; "eager" is this package's faster mixture, its
+hot loops in native code, with the model's own attention and nothing compiled, and what other packages always run as;
+"torch" the same without native code; "grouped" like "eager" with this package's attention; "compiled" has every decoder
+layer compiled and the attention this package chooses on this machine.
 The first call of a row is told apart. Spread: the quartiles, of fewer than four rounds smallest and largest. Larger
 libraries repeat eight distinct random experts. Nothing of Arrow trains in PEFT: its step ends at the input embeddings,
 as that of the floor.

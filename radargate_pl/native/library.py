@@ -14,9 +14,10 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 
@@ -33,18 +34,32 @@ OF_PROCESSOR = {"AVX2": AVX2, "AVX512": AVX512}
 SECONDS = 120  # for building: fifty times what it takes on a quiet machine
 
 
-@functools.cache
+class Attempt(NamedTuple):
+    """What became of loading the library: the library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    cause: str = ""
+
+
 def native_library() -> ctypes.CDLL | None:
     """Return the library; ``None``, after one warning, where it cannot be built or loaded."""
-    try:
-        return _loaded(_place())
-    except (OSError, subprocess.SubprocessError) as error:
+    library, cause = attempt()
+    if library is None:
         say_once(
-            f"The mixture runs without its native code, more slowly and to the same results: {_cause(error)}. "
+            f"The mixture runs without its native code, more slowly and to the same results: {cause}. "
             "Install a C++ compiler (g++, or name one in CXX), or set model.network.init_args.execution.mixture: torch "
             "to not try."
         )
-        return None
+    return library
+
+
+@functools.cache
+def attempt() -> Attempt:
+    """Load the library, built first if need be, once for each process."""
+    try:
+        return Attempt(_loaded(_place()))
+    except (OSError, subprocess.SubprocessError) as error:
+        return Attempt(None, _cause(error))
 
 
 def _place() -> Path:
@@ -58,17 +73,26 @@ def _flags() -> tuple[str, ...]:
 
 
 def _loaded(place: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(place))
-    except OSError:  # not there, or of a machine with another C library
-        pass
+    if _is_own(place):
+        try:
+            return ctypes.CDLL(str(place))
+        except OSError:  # half a file, or of a machine with another C library
+            pass
     with tempfile.TemporaryDirectory(prefix="radargate-native-") as folder:
         built = _built(Path(folder))
-        try:
+        # Loaded before it is kept: what does not load is not left for others.
+        library = ctypes.CDLL(str(built))
+        with suppress(OSError):  # a cache that cannot be written: every process builds its own
             save_atomically(place, partial(_copy, built))
-        except OSError:  # a cache that cannot be written: every process builds its own
-            return ctypes.CDLL(str(built))
-    return ctypes.CDLL(str(place))
+        return library
+
+
+def _is_own(place: Path) -> bool:
+    """Whether the file was made by this user or root: others may write into a shared cache, and this is run."""
+    try:
+        return place.stat().st_uid in (os.getuid(), 0)
+    except OSError:
+        return False
 
 
 def _copy(built: Path, file: BinaryIO) -> None:
