@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +32,7 @@ def save_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         OSError: if the disk refuses (full, read-only); the message names ``path`` and says that it was left alone.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     _unfinished.add(temporary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     Raises:
         OSError: if there is no room for the copy; ``target`` keeps its old content.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _beside(target)
     with suppress(OSError):
         temporary.unlink()
     try:
@@ -95,6 +96,11 @@ def link_or_copy(source: Path, target: Path) -> None:
     with suppress(OSError):  # when both were the same file already, rename leaves the temporary name behind
         temporary.unlink()
     _flush_folder(target.parent)
+
+
+def _beside(path: Path) -> Path:
+    """A name of its own: processes of several machines, or threads of one, may write the same file at once."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _write_all(file: BinaryIO, content: bytes) -> None:

@@ -144,7 +144,6 @@ def _native_code() -> Finding:
     library, cause = attempt()
     if library is not None:
         return Finding("device", "ok", "native code of the mixture: built")
-    advice = "install g++, or name a C++ compiler in CXX"
     return Finding(
         "device", "warning", f"no native code of the mixture, fits on this CPU are slower: {cause}; {advice}"
     )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from radargate_pl.experts import ExpertBank
 from radargate_pl.gathered_rows import GatheredRows
-from radargate_pl.native.turned_sum import is_native
+from radargate_pl.native.functions import is_native
 
 
 class LatentSource:

@@ -26,7 +26,7 @@ from radargate_pl.fast_rotation import KeptExperts, turned_sum, turned_sum_gradi
 from radargate_pl.gates import Gate, Routing
 from radargate_pl.gates.base import ignores_latents
 from radargate_pl.native import operators
-from radargate_pl.native.turned_sum import is_native
+from radargate_pl.native.functions import is_native
 from radargate_pl.ops import dense_weights, gate_dtype
 from radargate_pl.rotations import NoRotation, RadarRotation, Rotation
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from radargate_pl.native.turned_sum import gathered_dots, gathered_sums
+from radargate_pl.native.gathered_rows import gathered_dots, gathered_sums
 
 
 class GatheredRows(NamedTuple):
@@ -15,7 +15,7 @@ class GatheredRows(NamedTuple):
     Attributes:
         matrix: in the dtype of what it is multiplied with, or, for native code, narrower.
         rank: rows of one expert.
-        is_native: whether native code reads it; see `native.turned_sum.is_native`.
+        is_native: whether native code reads it; see `native.functions.is_native`.
     """
 
     matrix: Tensor

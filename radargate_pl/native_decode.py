@@ -12,7 +12,7 @@ from radargate_pl.decode_kinds import Kind
 from radargate_pl.decode_mixture import MOST_KEPT, collapses, gate_factor, total_map
 from radargate_pl.gates import StretchGate
 from radargate_pl.native import decode_step
-from radargate_pl.native.library import native_library
+from radargate_pl.native.functions import is_native
 from radargate_pl.ops import gate_dtype
 from radargate_pl.rotations import RadarRotation
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class NativeDecodeMixture:
     """Does what `DecodeMixture` does in one call, from the experts where their banks keep them.
 
-    Of all weights only P, ``out`` times the rotation's rank, is copied, and ``W_sum`` made where that reads less.
+    Of all weights only P is copied, ``out`` times the rotation's rank, and an A that experts share; ``W_sum`` is made
+    where that reads less.
 
     Args:
         layers: the members.
@@ -47,9 +48,9 @@ class NativeDecodeMixture:
 
 def suits_native(layers: Sequence[MoELinear], kind: Kind) -> bool:
     """Tell whether native code can decode layers of a kind."""
-    if kind.device.type != "cpu" or any(layer.mixture != "auto" for layer in layers):
+    if any(layer.mixture != "auto" or layer.bank.lora_B.dtype != kind.dtype for layer in layers):
         return False
-    return decode_step.is_native(gate_dtype(kind.dtype), kind.dtype) and native_library() is not None
+    return is_native(gate_dtype(kind.dtype), layers[0].bank.lora_A.detach())
 
 
 def _member(layer: MoELinear, kind: Kind, is_collapsed: bool) -> decode_step.Member:

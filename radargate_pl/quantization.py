@@ -171,8 +171,8 @@ def multiply_exactly(model: nn.Module, dtype: torch.dtype) -> None:
     if misread:
         examples = ", ".join(f"{path} ({width} inputs)" for width, path in misread.items())
         say_once(
-            f"On this processor {PACKAGE} misreads 4-bit weights of layers whose inputs are no multiple of 64: {examples}."
-            " The model differs from its quantised weights there; set quantization: 8bit, or use a GPU."
+            f"On this processor {PACKAGE} misreads 4-bit weights of layers whose inputs are no multiple of 64: "
+            f"{examples}. The model differs from its quantised weights; set quantization: 8bit, or use a GPU."
         )
 
 

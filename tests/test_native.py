@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import subprocess
@@ -13,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders import IN, assert_near, experts_of, layer_of, randomise
-from mixture_switch import IS_PLAIN
 from torch import Tensor
 
 from radargate_pl import notices
 from radargate_pl.gates import RadarGate
 from radargate_pl.native import library
-from radargate_pl.native.turned_sum import gathered_dots, gathered_sums, turned_sum, turned_sum_gradients
+from radargate_pl.native.gathered_rows import gathered_dots, gathered_sums
+from radargate_pl.native.turned_sum import turned_sum, turned_sum_gradients
 
 ROOT = Path(__file__).parent.parent
 BUILT = library.native_library() is not None
@@ -31,10 +32,10 @@ pytestmark = pytest.mark.skipif(not BUILT, reason="there is no C++ compiler here
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """As in a new process with an empty cache, which is returned."""
     monkeypatch.setenv("RADARGATE_CACHE", str(tmp_path / "cache of mine"))
-    library.attempt.cache_clear()
+    library._attempt.cache_clear()
     notices.say_once.cache_clear()
     yield tmp_path / "cache of mine"
-    library.attempt.cache_clear()
+    library._attempt.cache_clear()
     notices.say_once.cache_clear()
 
 
@@ -99,6 +100,45 @@ def test_gathered_rows_are_those_of_an_index(dtype: torch.dtype) -> None:
     assert_near(gathered_dots(wide, indices, rows, 5), (chosen * wide[:, None, None]).sum(-1), 1e-6, "dots")
 
 
+def test_gradients_that_are_lazily_negated_are_read() -> None:
+    grad, arguments = torch.randn(4, 13), operands(4)
+    negated = turned_sum_gradients(torch._neg_view(grad), *arguments, True)
+    for found, expected in zip(negated, turned_sum_gradients(-grad, *arguments, True), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_operands_that_do_not_go_together_are_refused(place: int) -> None:
+    """C++ would read and write beyond them."""
+    arguments = operands(4)
+    wide, short = list(arguments), list(arguments)
+    wide[place] = arguments[place].double() if place != 3 else arguments[place].int()
+    short[place] = arguments[place][:, :1] if place == 1 else arguments[place][..., :-1]
+    for wrong in (wide, short):
+        with pytest.raises(RuntimeError, match="Expected"):
+            turned_sum(*wrong, True)
+        with pytest.raises(RuntimeError, match="Expected"):
+            turned_sum_gradients(torch.randn(4, 13), *wrong, True)
+
+
+def test_experts_that_are_none_are_refused() -> None:
+    arguments = operands(4)
+    for wrong in (-1, 4):
+        arguments[3][2, 1] = wrong
+        with pytest.raises(IndexError, match="indices from 0 to 3"):
+            turned_sum(*arguments, True)
+
+
+def test_a_gate_in_another_precision_than_its_experts_is_refused_as_in_plain_operations() -> None:
+    from radargate_pl.gates import RotationGate
+
+    layer = layer_of(experts_of(4), RotationGate)
+    for mixture in ("auto", "torch"):
+        layer.mixture = mixture
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(torch.randn(3, IN, dtype=torch.float64))
+
+
 def test_numbers_that_are_none_stay_none() -> None:
     arguments = operands(4)
     arguments[1][2] = float("nan")
@@ -115,21 +155,48 @@ def mixture_is_right() -> None:
     assert_near(found, layer(x), 1e-5, "mixture")
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler --fast", "false"])
+def script(folder: Path, text: str) -> str:
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+COMPILERS = {
+    "missing": ("no-such-compiler --fast", "there is no compiler no-such-compiler"),
+    "failing": ("printf 'x.cpp:1: error: \\377 too old\\n' >&2; exit 1", "error: \ufffd too old"),
+    "silent": ("exit 3", "without a word"),
+    "idle": ("exit 0", "ended well and made nothing"),
+    "endless": ("echo thinking >&2; exec sleep 20", "did not end within 1 seconds"),
+    "quoted": ("g++ 'x", "No closing quotation"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILERS)
 def test_without_a_compiler_one_warning_says_so_and_the_results_are_the_same(
-    compiler: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: str, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("CXX", compiler)
+    compiler, cause = COMPILERS[kind]
+    monkeypatch.setenv("CXX", compiler if kind in ("missing", "quoted") else script(tmp_path, compiler))
+    monkeypatch.setattr(library, "SECONDS", 1)
     with caplog.at_level(logging.WARNING):
         mixture_is_right()
         mixture_is_right()
-    if IS_PLAIN:
-        return
+        library.native_library()
     (warning,) = [record.message for record in caplog.records]
-    assert compiler.split()[0] in warning
+    assert cause in warning
     assert "CXX" in warning
     assert "execution.mixture: torch" in warning
     assert not fresh.exists()
+
+
+def test_one_process_of_a_machine_speaks(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert library.native_library() is None
+    assert not caplog.records
 
 
 def test_a_compiler_may_have_arguments(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,26 +208,31 @@ def test_it_is_built_once_for_all_processes(fresh: Path, monkeypatch: pytest.Mon
     assert library.native_library() is not None
     (made,) = (fresh / "native").iterdir()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    library.attempt.cache_clear()
+    library._attempt.cache_clear()
     assert library.native_library() is not None
     assert [made] == list((fresh / "native").iterdir())
 
 
-def test_half_a_file_is_built_anew(fresh: Path) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.9999])
+def test_part_of_a_file_is_built_anew(share: float, fresh: Path) -> None:
+    """A system's loader takes half a library without a word, and the process dies at the first page that is missing."""
     place = library._place()
     place.parent.mkdir(parents=True)
-    place.write_bytes(b"\x7fELF half of one")
+    content = b"\x7fELF" + bytes(100_000)
+    whole = content + hashlib.sha256(content).digest()
+    place.write_bytes(whole[: int(share * len(whole))])
+    assert not library._is_whole(place)
     assert library.native_library() is not None
-    assert place.stat().st_size > 10_000
+    assert library._is_whole(place)
 
 
 def test_a_file_of_somebody_else_is_not_run(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.native_library() is not None
     place = library._place()
-    assert library._is_own(place)
+    assert library._is_whole(place)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     monkeypatch.setattr(Path, "stat", lambda _: SimpleNamespace(st_uid=23456))
-    assert not library._is_own(place)
+    assert not library._is_whole(place)
 
 
 def test_a_cache_that_cannot_be_written_costs_a_build_and_no_more(fresh: Path) -> None:

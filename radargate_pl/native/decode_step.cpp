@@ -16,9 +16,9 @@ constexpr std::int64_t BLOCK = 32;  // rows, or columns, that one thread takes a
 
 template <class real, class stored>
 struct Member {
-    std::int64_t experts, rank, in, out, turns, kept;
+    std::int64_t experts, rank, in_, out, turns, kept;
     std::int64_t is_normed, renormalizes;
-    real eps, temperature, output_scale, bound;
+    real eps, temperature, output_scale, angle_bound;
     const real* theta;     // (experts, in)
     const stored* A;       // (experts * rank, in)
     const stored* B;       // (experts * rank, out)
@@ -97,9 +97,9 @@ void select(const Member<real, stored>& of, const real* logits, real* weights, s
 
 template <class real, class stored>
 void read_input(const Member<real, stored>& of, const real* x, std::int64_t tokens, Buffers<real>& to) {
-    all_dots(of.theta, of.experts, x, tokens, of.in, to.logits.data());
-    if (of.needs_all_latents()) all_dots(of.A, of.experts * of.rank, x, tokens, of.in, to.latents.data());
-    if (of.W_sum) all_dots(of.W_sum, of.out, x, tokens, of.in, to.total.data());
+    all_dots(of.theta, of.experts, x, tokens, of.in_, to.logits.data());
+    if (of.needs_all_latents()) all_dots(of.A, of.experts * of.rank, x, tokens, of.in_, to.latents.data());
+    if (of.W_sum) all_dots(of.W_sum, of.out, x, tokens, of.in_, to.total.data());
 }
 
 // Weights and scaled latents of the kept experts; all latents scaled.
@@ -117,7 +117,7 @@ void choose(const Member<real, stored>& of, const real* x, std::int64_t token, B
             std::copy(all + expert * of.rank, all + (expert + 1) * of.rank, kept);
             continue;
         }
-        dots(of.A + expert * of.rank * of.in, of.rank, x + token * of.in, kept, of.in);
+        dots(of.A + expert * of.rank * of.in_, of.rank, x + token * of.in_, kept, of.in_);
         for (std::int64_t i = 0; i < of.rank; ++i) kept[i] = rounded(kept[i], of.A) * of.scaling[expert];
     }
 }
@@ -137,7 +137,7 @@ void sum_all(const Member<real, stored>& of, std::int64_t tokens, Buffers<real>&
 
 template <class real, class stored>
 void mix(const Member<real, stored>& of, std::int64_t token, const Buffers<real>& from) {
-    const Mixture<real, stored> mixture{1, of.kept, of.rank, of.out, of.turns, of.is_normed != 0, of.eps, of.bound,
+    const Mixture<real, stored> mixture{1, of.kept, of.rank, of.out, of.turns, of.is_normed != 0, of.eps, of.angle_bound,
                                         from.total.data(), from.kept_latents.data(), from.weights.data(),
                                         from.indices.data(), of.B, of.P, of.Q};
     real* update = of.updates + token * of.out;
@@ -161,7 +161,7 @@ void mix(const Member<real, stored>& of, std::int64_t token, const Buffers<real>
 template <class real, class stored>
 void decode(const Member<real, stored>* members, std::int64_t count, const stored* input, std::int64_t tokens,
             int threads) {
-    std::vector<real> x(tokens * members[0].in);
+    std::vector<real> x(tokens * members[0].in_);
     for (std::size_t i = 0; i < x.size(); ++i) x[i] = widened(input[i]);
     std::vector<Buffers<real>> buffers(count);
     for (std::int64_t i = 0; i < count; ++i) buffers[i].fit(members[i], tokens);

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from radargate_pl.native.turned_sum import NAMES, native_function
+from radargate_pl.native.functions import address, native_function, operand
 from radargate_pl.ops import RMS_EPS
 
 
@@ -59,7 +59,7 @@ class DecodeStep:
         first = members[0]
         self._dtype, self._stored = first.theta.dtype, first.A.dtype
         structure = _structure(ctypes.c_double if self._dtype == torch.float64 else ctypes.c_float)
-        self._records = (structure * len(members))(*[structure(*_fields(member)) for member in members])
+        self._records = (structure * len(members))(*[structure(**_fields(member)) for member in members])
         self._function = native_function("decode_step", self._dtype, self._stored)
         self._updates: dict[torch.Size, tuple[Tensor, ...]] = {}
 
@@ -72,7 +72,7 @@ class DecodeStep:
             updates = self._updates[x.shape] = tuple(made)
         for record, update in zip(self._records, updates, strict=True):
             record.updates = update.data_ptr()
-        x = x.contiguous()
+        x = operand("the input", x, self._stored, x.shape)
         tokens = x.numel() // x.shape[-1]
         self._function(self._records, len(updates), x.data_ptr(), tokens, torch.get_num_threads())
         return updates
@@ -81,25 +81,34 @@ class DecodeStep:
         return torch.empty(*x.shape[:-1], member.B.shape[1], dtype=self._dtype)
 
 
-def is_native(dtype: torch.dtype, stored: torch.dtype) -> bool:
-    """Tell whether decoding knows these dtypes, of what is computed and of the stored experts."""
-    return (dtype, stored) in NAMES
-
-
-def _fields(member: Member) -> tuple[object, ...]:
-    experts, turns = len(member.scaling), 0 if member.P is None else len(member.P)
-    sizes = (experts, len(member.A) // experts, member.A.shape[1], member.B.shape[1], turns, member.kept)
-    settings = (member.is_normed, member.renormalizes, RMS_EPS, member.temperature, member.output_scale)
-    bound = 0.0 if member.angle_bound is None else member.angle_bound
-    return (*sizes, *settings, bound, *(None if part is None else part.data_ptr() for part in member[:7]))
+def _fields(member: Member) -> dict[str, object]:
+    """What the record of a member holds, by name; checked, since C++ takes the addresses as they are."""
+    (experts, width), (height, out), dtype = member.theta.shape, member.B.shape, member.theta.dtype
+    turns = 0 if member.P is None else len(member.P)
+    shapes = {
+        **{"theta": (experts, width), "A": (height, width), "B": (height, out), "scaling": (experts,)},
+        **{"P": (turns, out), "Q": (turns, out // 2), "W_sum": (out, width)},
+    }
+    places = {}
+    for name, shape in shapes.items():
+        tensor = getattr(member, name)
+        stored = member.A.dtype if name in ("A", "B") else dtype
+        if tensor is not None and operand(name, tensor, stored, shape).data_ptr() != tensor.data_ptr():
+            raise RuntimeError(f"Expected {name} of a layer to be contiguous, but its strides are {tensor.stride()}.")
+        places[name] = address(tensor)
+    sizes = {"experts": experts, "rank": height // experts, "in_": width, "out": out, "turns": turns}
+    numbers = {name: getattr(member, name) for name in ("kept", "is_normed", "renormalizes")}
+    factors = {name: getattr(member, name) for name in ("temperature", "output_scale")}
+    return {**sizes, **numbers, **factors, "eps": RMS_EPS, "angle_bound": member.angle_bound or 0.0, **places}
 
 
 def _structure(real: type) -> type[ctypes.Structure]:
-    integers = ("experts", "rank", "in", "out", "turns", "kept", "is_normed", "renormalizes")
+    """The same as `Member` in decode_step.cpp, field by field."""
+    integers = ("experts", "rank", "in_", "out", "turns", "kept", "is_normed", "renormalizes")
     pointers = ("theta", "A", "B", "scaling", "P", "Q", "W_sum", "updates")
     fields = [
         *((name, ctypes.c_int64) for name in integers),
-        *((name, real) for name in ("eps", "temperature", "output_scale", "bound")),
+        *((name, real) for name in ("eps", "temperature", "output_scale", "angle_bound")),
         *((name, ctypes.c_void_p) for name in pointers),
     ]
     return type("Member", (ctypes.Structure,), {"_fields_": fields})

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -31,35 +32,52 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trap
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq")
 OF_PROCESSOR = {"AVX2": AVX2, "AVX512": AVX512}
+DIGEST = hashlib.sha256().digest_size
+_LOCK = threading.Lock()
 SECONDS = 120  # for building: fifty times what it takes on a quiet machine
 
 
 class Attempt(NamedTuple):
-    """What became of loading the library: the library, or why there is none."""
+    """What became of loading the library: the library, or why there is none and what to do."""
 
     library: ctypes.CDLL | None
     cause: str = ""
 
 
 def native_library() -> ctypes.CDLL | None:
-    """Return the library; ``None``, after one warning, where it cannot be built or loaded."""
+    """Return the library; ``None``, after one warning on each machine, where it cannot be built or loaded."""
     library, cause = attempt()
-    if library is None:
+    if library is None and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
         say_once(
-            f"The mixture runs without its native code, more slowly and to the same results: {cause}. "
-            "Install a C++ compiler (g++, or name one in CXX), or set model.network.init_args.execution.mixture: torch "
-            "to not try."
+            f"The mixture runs without its native code, more slowly and to the same results: {cause}. Or set "
+            "model.network.init_args.execution.mixture: torch to not try."
         )
     return library
 
 
 @functools.cache
-def attempt() -> Attempt:
-    """Load the library, built first if need be, once for each process."""
+def _attempt() -> Attempt:
+    advice = "install a C++ compiler (g++), or name one in CXX"
     try:
         return Attempt(_loaded(_place()))
-    except (OSError, subprocess.SubprocessError) as error:
-        return Attempt(None, _cause(error))
+    except subprocess.TimeoutExpired as error:
+        return Attempt(None, f"{error.cmd[0]} did not end within {SECONDS} seconds; name another compiler in CXX")
+    except subprocess.CalledProcessError as error:
+        return Attempt(
+            None, f"{error.cmd[0]} failed ({_cause(error.stderr)}); {advice} that knows {' '.join(_flags())}"
+        )
+    except FileNotFoundError as error:
+        return Attempt(None, f"{error}; {advice}")
+    except (OSError, ValueError, RuntimeError) as error:
+        return Attempt(
+            None, f"{error}; see that TMPDIR and RADARGATE_CACHE can be written and run from, and CXX is right"
+        )
+
+
+def attempt() -> Attempt:
+    """Load the library, built first if need be, once for each process."""
+    with _LOCK:
+        return _attempt()
 
 
 def _place() -> Path:
@@ -73,47 +91,56 @@ def _flags() -> tuple[str, ...]:
 
 
 def _loaded(place: Path) -> ctypes.CDLL:
-    if _is_own(place):
+    if _is_whole(place):
         try:
             return ctypes.CDLL(str(place))
-        except OSError:  # half a file, or of a machine with another C library
+        except OSError:  # of a machine with another C library
             pass
     with tempfile.TemporaryDirectory(prefix="radargate-native-") as folder:
         built = _built(Path(folder))
         # Loaded before it is kept: what does not load is not left for others.
         library = ctypes.CDLL(str(built))
+        content = built.read_bytes()
         with suppress(OSError):  # a cache that cannot be written: every process builds its own
-            save_atomically(place, partial(_copy, built))
+            save_atomically(place, partial(_write, content + hashlib.sha256(content).digest()))
         return library
 
 
-def _is_own(place: Path) -> bool:
-    """Whether the file was made by this user or root: others may write into a shared cache, and this is run."""
+def _is_whole(place: Path) -> bool:
+    """Whether the file is this user's or root's, others may write into a shared cache, and ends with its own digest.
+
+    The loader of a system does not notice half a file: it would die at the first page that is not there.
+    """
     try:
-        return place.stat().st_uid in (os.getuid(), 0)
+        content = place.read_bytes()
+        is_own = place.stat().st_uid in (os.getuid(), 0)
     except OSError:
         return False
+    return is_own and hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
 
 
-def _copy(built: Path, file: BinaryIO) -> None:
-    file.write(built.read_bytes())
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 def _built(folder: Path) -> Path:
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if shutil.which(compiler[0]) is None:
+    found = shutil.which(compiler[0])
+    if found is None:
         raise FileNotFoundError(f"there is no compiler {compiler[0]}")
+    compiler[0] = os.path.abspath(found)  # it runs elsewhere
     sources, built = sorted(map(str, FOLDER.glob("*.cpp"))), folder / "native.so"
     _run([*compiler, *_flags(), "-c", *sources], folder)
     _run([*compiler, "-shared", *sorted(map(str, folder.glob("*.o"))), "-o", str(built)], folder)
+    if not built.exists():
+        raise OSError(f"{compiler[0]} ended well and made nothing")
     return built
 
 
 def _run(command: list[str], folder: Path) -> None:
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=SECONDS)
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=SECONDS)
 
 
-def _cause(error: Exception) -> str:
-    said = getattr(error, "stderr", None) or str(error)
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
+def _cause(said: bytes) -> str:
+    lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else "without a word")

@@ -100,6 +100,7 @@ template <class real, class stored>
 void add_gradients(const Mixture<real, stored>& of, const real* grad, const Gradients<real>& result, int threads) {
     // Every thread has sums of its own, added up in their order: the same numbers in every run with as many threads.
     const std::int64_t size_P = of.turns * of.out, size = size_P + of.turns * of.planes();
+    threads = static_cast<int>(std::clamp<std::int64_t>(of.tokens, 1, threads));
     std::vector<real> sums(static_cast<std::size_t>(threads) * size);
 #pragma omp parallel num_threads(threads)
     {
@@ -112,11 +113,13 @@ void add_gradients(const Mixture<real, stored>& of, const real* grad, const Grad
             for (std::int64_t place = token * of.kept; place < (token + 1) * of.kept; ++place)
                 slot.add(token, place, grad + token * of.out, gradients);
         }
+#pragma omp for schedule(static)
+        for (std::int64_t i = 0; i < size; ++i) {
+            real sum = 0;
+            for (int thread = 0; thread < threads; ++thread) sum += sums[thread * size + i];
+            (i < size_P ? result.P[i] : result.Q[i - size_P]) = sum;
+        }
     }
-    for (int thread = 1; thread < threads; ++thread)
-        for (std::int64_t i = 0; i < size; ++i) sums[i] += sums[thread * size + i];
-    std::copy(sums.begin(), sums.begin() + size_P, result.P);
-    std::copy(sums.begin() + size_P, sums.begin() + size, result.Q);
 }
 
 // result[token] = sum of the rows of its kept experts, times their factors.
