@@ -144,9 +144,7 @@ def _native_code() -> Finding:
     library, cause = attempt()
     if library is not None:
         return Finding("device", "ok", "native code of the mixture: built")
-    return Finding(
-        "device", "warning", f"no native code of the mixture, fits on this CPU are slower: {cause}; {advice}"
-    )
+    return Finding("device", "warning", f"no native code of the mixture, fits on this CPU are slower: {cause}")
 
 
 def _bf16_on_cpu(torch: Any) -> Finding:
