@@ -1,7 +1,8 @@
 """From C++ to functions that can be called: compiled once for a kind of processor, kept in the cache folder (layer 1).
 
-A plain library without torch's headers takes seconds to build, not half a minute, and holds for every version of torch. It is built beside its place and renamed: processes that start together, or are killed, leave no lock and no half
-file. Nothing is linked: threads come from the OpenMP library that torch has loaded, since two of them would fight.
+A plain library without torch's headers takes seconds to build, not half a minute, and holds for every version of torch.
+It is built beside its place and renamed: processes that start together, or are killed, leave no lock and no half file.
+Nothing is linked: threads come from the OpenMP library that torch has loaded, since two of them would fight.
 """
 
 import ctypes
