@@ -100,6 +100,10 @@ def test_auto_leaves_alone_what_gains_nothing_or_was_never_measured(suited, monk
     assert "decoder layers" in decided(kind="t5")
     assert "no mixture" in decided(experts=[], gate="radar")
     assert "false" in decided(execution=Execution(compile=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "reads_input", lambda *_: True)
+        assert "start from their input" in decided()
+        assert decided(execution=Execution(mixture="plain")).startswith("yes")
     monkeypatch.setattr(module, "ENOUGH_WEIGHTS", 10**9)
     assert "weights are too few" in decided()
 
