@@ -162,8 +162,10 @@ class AppliedExecution:
 
 
 def _starts_from_input(layer: MoELinear) -> bool:
+    if layer.bank.trainable or layer.mixture == "plain":
+        return False
     like = layer.bank.lora_A.new_empty(1, layer.bank.in_features)
-    return layer.mixture != "plain" and reads_input(like, layer.gate, layer.bank, layer.combine, None)
+    return reads_input(like, layer.gate, layer.bank, layer.combine, None)
 
 
 def _computes_in_bfloat16(model: PreTrainedModel) -> bool:
