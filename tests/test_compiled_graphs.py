@@ -55,6 +55,7 @@ def plans_of(network: GatedNetwork) -> list[object]:
     return [group.plan for group in groups if group.plan is not None]
 
 
+@pytest.mark.usefixtures("quick_decoding")
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=["kept", "recomputed"])
 def test_layers_share_their_graphs_before_and_after_a_generation(monkeypatch, options):
     monkeypatch.setitem(tiny_models.KINDS, "deep", ("LlamaForCausalLM", {**LLAMA, "num_hidden_layers": 5}))
