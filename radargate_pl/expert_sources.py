@@ -1,5 +1,7 @@
 """Where the fast mixture finds the outputs of frozen experts: in the latents, or in the layer input (layer 2)."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -8,67 +10,74 @@ from radargate_pl.gathered_rows import GatheredRows
 from radargate_pl.native.functions import is_native
 
 
+def stacked(bank: ExpertBank, dtype: torch.dtype) -> tuple[Tensor, tuple[float, ...], Tensor]:
+    """Return the rows of B, (E * r, out), the scaling of each expert, and that as a tensor (E,).
+
+    Args:
+        bank: the layer's experts.
+        dtype: of the tensor.
+    """
+    # Remembered, since a list becomes a tensor on a device only by waiting for it.
+    scales = bank.cached("scaling", lambda: bank.lora_B.new_tensor(bank.scaling, dtype=dtype), dtype)
+    return bank.lora_B.mT.flatten(0, 1), tuple(bank.scaling), scales
+
+
 class LatentSource:
     """The source is the latents of all experts, (T, E, r).
 
     Args:
-        bank: the layer's experts.
-        dtype: of what is computed, float32 or float64.
+        B: stacked rows (E * r, out), as they are stored.
+        scaling: of each expert.
+        scales: the same as a tensor (E,), in the dtype of what is computed, float32 or float64.
         may_be_native: whether native code may gather the rows.
     """
 
-    reads_widened_B = True  # all of it, in products
+    def __init__(self, B: Tensor, scaling: tuple[float, ...], scales: Tensor, may_be_native: bool) -> None:
+        self.scaling, self.scales, self.dtype, self.may_be_native = scaling, scales, scales.dtype, may_be_native
+        self.experts, self.rank = len(scaling), len(B) // len(scaling)
+        self.B = self._rows(B)
 
-    def __init__(self, bank: ExpertBank, dtype: torch.dtype, may_be_native: bool) -> None:
-        self.bank, self.dtype, self.may_be_native = bank, dtype, may_be_native
-        self.B = self._rows(bank.lora_B.mT.flatten(0, 1), self.reads_widened_B)
-        # Remembered, since a list becomes a tensor on a device only by waiting for it.
-        self.scaling = bank.cached("scaling", lambda: bank.lora_B.new_tensor(bank.scaling, dtype=dtype), dtype)
-        self.frozen: tuple[Tensor, ...] = (bank.lora_B,)
-
-    def _rows(self, matrix: Tensor, is_widened: bool) -> GatheredRows:
+    def _rows(self, matrix: Tensor) -> GatheredRows:
         by_native = self.may_be_native and is_native(self.dtype, matrix)
-        return GatheredRows(matrix.to(self.dtype) if is_widened or not by_native else matrix, self.bank.rank, by_native)
+        return GatheredRows(matrix if by_native else matrix.to(self.dtype), self.rank, by_native)
+
+    @functools.cached_property
+    def widened_B(self) -> Tensor:
+        """All rows in the dtype of what is computed, for products with them."""
+        return self.B.matrix.to(self.dtype)
 
     def kept(self, latents: Tensor, indices: Tensor | None) -> Tensor:
         """Scaled latents of the kept experts, (T, K, r)."""
         if indices is None:
-            return latents.to(self.dtype) * self.scaling.unsqueeze(-1)
+            return latents.to(self.dtype) * self.scales.unsqueeze(-1)
         chosen = latents.gather(1, indices.unsqueeze(-1).expand(-1, -1, latents.shape[-1]))
-        return chosen.to(self.dtype) * self.scaling[indices].unsqueeze(-1)
+        return chosen.to(self.dtype) * self.scales[indices].unsqueeze(-1)
 
     def total(self, latents: Tensor) -> Tensor:
         """``S``, (T, out)."""
-        if len(set(self.bank.scaling)) > 1:
-            return self.kept(latents, None).flatten(1) @ self.B.matrix
-        return (latents.flatten(1).to(self.dtype) @ self.B.matrix).mul_(self.bank.scaling[0])
+        if len(set(self.scaling)) > 1:
+            return self.kept(latents, None).flatten(1) @ self.widened_B
+        return (latents.flatten(1).to(self.dtype) @ self.widened_B).mul_(self.scaling[0])
 
     def gradient(self, indices: Tensor | None, of_total: Tensor | None, of_kept: Tensor) -> Tensor:
         """Gradient of the source from those of ``S`` and of the kept scaled latents, in ``dtype``."""
-        shape = (len(of_kept), self.bank.num_experts, self.bank.rank)
-        gradient = of_kept.new_zeros(shape) if of_total is None else (of_total @ self.B.matrix.mT).view(shape)
+        shape = (len(of_kept), self.experts, self.rank)
+        gradient = of_kept.new_zeros(shape) if of_total is None else (of_total @ self.widened_B.mT).view(shape)
         if indices is None:
             gradient += of_kept
         else:
             for slot, expert in zip(of_kept.unbind(1), indices.unbind(1), strict=True):
                 place = expert[:, None, None].expand(-1, 1, gradient.shape[-1])
                 gradient.scatter_(1, place, gradient.gather(1, place) + slot.unsqueeze(1))
-        return gradient.mul_(self.scaling.unsqueeze(-1))
-
-    def plain(self, latents: Tensor, weights: Tensor) -> Tensor:
-        """``sum_i g_i v_i`` in operations that can be differentiated again, for weights (T, E)."""
-        return self.bank.weighted_sum(latents, weights)
+        return gradient.mul_(self.scales.unsqueeze(-1))
 
 
 class InputSource(LatentSource):
     """The source is the layer input, (T, in)."""
 
-    reads_widened_B = False
-
     def __init__(self, bank: ExpertBank, dtype: torch.dtype, may_be_native: bool) -> None:
-        super().__init__(bank, dtype, may_be_native)
-        self.A = self._rows(bank.lora_A.flatten(0, 1), False)
-        self.frozen = (bank.lora_A, bank.lora_B)
+        super().__init__(*stacked(bank, dtype), may_be_native)
+        self.bank, self.A = bank, self._rows(bank.lora_A.flatten(0, 1))
 
     @property
     def W_sum(self) -> Tensor:
@@ -76,12 +85,12 @@ class InputSource(LatentSource):
         return self.bank.cached("W_sum", self._folded, self.dtype)
 
     def _folded(self) -> Tensor:
-        scaling = self.scaling.repeat_interleave(self.bank.rank).unsqueeze(-1)
-        return (self.A.matrix * scaling).mT @ self.B.matrix.to(self.dtype)
+        scaling = self.scales.repeat_interleave(self.rank).unsqueeze(-1)
+        return (self.A.matrix * scaling).mT @ self.widened_B
 
     def kept(self, x: Tensor, indices: Tensor | None) -> Tensor:
         """Scaled latents of the kept experts, (T, K, r)."""
-        return self.A.dots(x.to(self.dtype), indices) * self.scaling[indices].unsqueeze(-1)
+        return self.A.dots(x.to(self.dtype), indices) * self.scales[indices].unsqueeze(-1)
 
     def total(self, x: Tensor) -> Tensor:
         """``S``, (T, out)."""
@@ -89,11 +98,7 @@ class InputSource(LatentSource):
 
     def gradient(self, indices: Tensor | None, of_total: Tensor | None, of_kept: Tensor) -> Tensor:
         """Gradient of the source from those of ``S`` and of the kept scaled latents, in ``dtype``."""
-        gradient = self.A.sums(of_kept * self.scaling[indices].unsqueeze(-1), indices)
+        gradient = self.A.sums(of_kept * self.scales[indices].unsqueeze(-1), indices)
         if of_total is not None:
             gradient.addmm_(of_total, self.W_sum.mT)
         return gradient
-
-    def plain(self, x: Tensor, weights: Tensor) -> Tensor:
-        """``sum_i g_i v_i`` in operations that can be differentiated again, for weights (T, E)."""
-        return self.bank.weighted_sum(self.bank.project(x), weights)

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from radargate_pl.combines import Combine
-from radargate_pl.expert_sources import InputSource, LatentSource
+from radargate_pl.expert_sources import InputSource, LatentSource, stacked
 from radargate_pl.experts import ExpertBank
 from radargate_pl.fast_rotation import KeptExperts, turned_sum, turned_sum_gradients
 from radargate_pl.gates import Gate, Routing
 from radargate_pl.gates.base import ignores_latents
-from radargate_pl.native import operators
+from radargate_pl.mixture_operators import turned_mixture
 from radargate_pl.native.functions import is_native
 from radargate_pl.ops import dense_weights, gate_dtype
 from radargate_pl.rotations import NoRotation, RadarRotation, Rotation
@@ -136,25 +136,19 @@ def fast_mix(
 
 
 def _mix_in_graph(latents: Tensor, routing: Routing, bank: ExpertBank, rotation: RadarRotation) -> Tensor:
-    """The products for the compiler, the rotation as one operator; what is kept is the compiler's choice."""
+    """The mixture as one operator, in whose inside the compiler does not look."""
     weights, indices, _ = routing
-    dtype = _computed(weights, bank)
-    stacked = bank.lora_B.mT.flatten(0, 1).to(dtype)
-    latents = latents.flatten(0, -3).to(dtype)
-    if len(set(bank.scaling)) == 1:
-        total = (latents.flatten(1) @ stacked) * bank.scaling[0]
-    else:
-        latents = latents * latents.new_tensor(bank.scaling).unsqueeze(-1)
-        total = latents.flatten(1) @ stacked
-    kept = latents
-    if indices is not None:
-        indices = indices.flatten(0, -2)
-        kept = latents.gather(1, indices.unsqueeze(-1).expand(-1, -1, latents.shape[-1]))
-    if len(set(bank.scaling)) == 1:
-        kept = kept * bank.scaling[0]
-    is_normed = rotation.angle_norm == "rms"
-    weights, shape = weights.flatten(0, -2), weights.shape[:-1]
-    mixed: Tensor = operators.turned_sum(total, kept, weights, indices, stacked, rotation.P, rotation.Q, is_normed)
+    shape, dtype = weights.shape[:-1], _computed(weights, bank)
+    mixed, _ = turned_mixture(
+        latents.flatten(0, -3),
+        weights.flatten(0, -2).to(dtype),
+        None if indices is None else indices.flatten(0, -2),
+        bank.lora_B.mT.flatten(0, 1),
+        rotation.P,
+        rotation.Q,
+        bank.scaling,
+        rotation.angle_norm == "rms",
+    )
     return mixed.view(*shape, bank.out_features)
 
 
@@ -191,8 +185,13 @@ class _Settings(NamedTuple):
     may_be_native: bool
 
     def side(self, starts_from_input: bool, weights: Tensor) -> LatentSource:
-        source = InputSource if starts_from_input else LatentSource
-        return source(self.bank, _computed(weights, self.bank), self.may_be_native)
+        dtype = _computed(weights, self.bank)
+        if starts_from_input:
+            return InputSource(self.bank, dtype, self.may_be_native)
+        return LatentSource(*stacked(self.bank, dtype), self.may_be_native)
+
+    def frozen(self, starts_from_input: bool) -> tuple[Tensor, ...]:
+        return (self.bank.lora_A, self.bank.lora_B) if starts_from_input else (self.bank.lora_B,)
 
 
 class _Mixed(torch.autograd.Function):
@@ -212,13 +211,13 @@ class _Mixed(torch.autograd.Function):
         side = settings.side(ctx.starts_from_input, weights)
         latents = side.kept(source, indices)
         # The frozen weights only so that a change of them before the backward pass is noticed.
-        others = (weights, indices, P, Q, *side.frozen)
+        others = (weights, indices, P, Q, *settings.frozen(ctx.starts_from_input))
         if P is None or Q is None:
             ctx.save_for_backward(source, None, *others)
             return side.B.sums(latents * weights.unsqueeze(-1), indices)
         total = side.total(source)
         # Instead of the source, what was made of it: where that is no more than all latents.
-        is_small = total.shape[1] + latents.shape[1:].numel() <= side.bank.num_experts * side.bank.rank
+        is_small = total.shape[1] + latents.shape[1:].numel() <= side.experts * side.rank
         ctx.save_for_backward(*((total, latents) if is_small else (source, None)), *others)
         return turned_sum(KeptExperts(total, latents, weights, indices, side.B), P, Q, settings.is_normed)
 
@@ -228,7 +227,7 @@ class _Mixed(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             side = ctx.settings.side(ctx.starts_from_input, weights)
             if torch.is_grad_enabled():
-                return *_differentiable(side, source, weights, indices, P, grad), *[None] * 4
+                return *_differentiable(ctx.settings.bank, source, weights, indices, P, grad), *[None] * 4
             total = source if P is None or latents is not None else side.total(source)
             latents = side.kept(source, indices) if latents is None else latents
             if P is None:
@@ -248,12 +247,13 @@ def _to(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _differentiable(
-    side: LatentSource, source: Tensor, weights: Tensor, indices: Tensor | None, P: Tensor | None, grad: Tensor
+    bank: ExpertBank, source: Tensor, weights: Tensor, indices: Tensor | None, P: Tensor | None, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of source and weights that have gradients themselves; refused under a rotation, as in plain form."""
     if P is not None:
         raise RuntimeError("The rotation of RadarGate and RotationGate cannot be differentiated twice.")
-    mixed = side.plain(source, dense_weights(weights, indices, side.bank.num_experts))
+    latents = source if source.dim() == 3 else bank.project(source)
+    mixed = bank.weighted_sum(latents, dense_weights(weights, indices, bank.num_experts))
     asked = [tensor for tensor in (source, weights) if tensor.requires_grad]
     found = iter(torch.autograd.grad(mixed, asked, grad, create_graph=True))
     return tuple(next(found) if tensor.requires_grad else None for tensor in (source, weights))

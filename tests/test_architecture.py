@@ -28,7 +28,17 @@ LAYERS = {
         ),
     },
     2: {
-        *("combines", "expert_sources", "fast_mixture", "kept_grams", "mixture", "moe", "prompt_gates", "records"),
+        *(
+            "combines",
+            "expert_sources",
+            "fast_mixture",
+            "kept_grams",
+            "mixture",
+            "mixture_operators",
+            "moe",
+            "prompt_gates",
+            "records",
+        ),
         *("decode_buffers", "decode_kinds", "decode_mixture", "native_decode", "shared_inputs"),
     },
     3: {

@@ -19,14 +19,14 @@ struct Member {
     std::int64_t experts, rank, in_, out, turns, kept;
     std::int64_t is_normed, renormalizes;
     real eps, temperature, output_scale, angle_bound;
-    const real* theta;     // (experts, in)
-    const stored* A;       // (experts * rank, in)
-    const stored* B;       // (experts * rank, out)
-    const real* scaling;   // (experts)
-    const real* P;         // (turns, out)
-    const real* Q;         // (turns, out / 2)
-    const real* W_sum;     // (out, in), or null: S from all latents
-    real* updates;         // (tokens, out)
+    const real* theta;    // (experts, in)
+    const stored* A;      // (experts * rank, in)
+    const stored* B;      // (experts * rank, out)
+    const real* scaling;  // (experts)
+    const real* P;        // (turns, out)
+    const real* Q;        // (turns, out / 2)
+    const real* W_sum;    // (out, in), or null: S from all latents
+    real* updates;        // (tokens, out)
 
     bool rotates() const { return turns > 0; }
     bool needs_all_latents() const { return rotates() && !W_sum; }
@@ -68,8 +68,8 @@ void all_dots(const stored* rows, std::int64_t count, const real* x, std::int64_
 #pragma omp for schedule(static) nowait
     for (std::int64_t first = 0; first < count; first += BLOCK)
         for (std::int64_t token = 0; token < tokens; ++token)
-            dots(rows + first * width, std::min(BLOCK, count - first), x + token * width,
-                 result + token * count + first, width);
+            dots<1>(Rows<const stored>{rows + first * width, width}, std::min(BLOCK, count - first),
+                    Rows<const real>{x + token * width, width}, result + token * count + first, width);
 }
 
 // The most probable experts of one token in falling order, equal ones by index, and their weights.
@@ -117,7 +117,8 @@ void choose(const Member<real, stored>& of, const real* x, std::int64_t token, B
             std::copy(all + expert * of.rank, all + (expert + 1) * of.rank, kept);
             continue;
         }
-        dots(of.A + expert * of.rank * of.in_, of.rank, x + token * of.in_, kept, of.in_);
+        dots<1>(Rows<const stored>{of.A + expert * of.rank * of.in_, of.in_}, of.rank,
+                Rows<const real>{x + token * of.in_, of.in_}, kept, of.in_);
         for (std::int64_t i = 0; i < of.rank; ++i) kept[i] = rounded(kept[i], of.A) * of.scaling[expert];
     }
 }
@@ -131,30 +132,27 @@ void sum_all(const Member<real, stored>& of, std::int64_t tokens, Buffers<real>&
             const std::int64_t width = std::min(BLOCK, of.out - first);
             real* part = &to.total[token * of.out + first];
             std::fill(part, part + width, real(0));
-            add_rows(of.B + first, rows, &to.latents[token * rows], part, width, of.out);
+            add_rows<1>(Rows<const stored>{of.B + first, of.out}, rows, &to.latents[token * rows],
+                        Rows<real>{part, width}, width);
         }
 }
 
 template <class real, class stored>
 void mix(const Member<real, stored>& of, std::int64_t token, const Buffers<real>& from) {
-    const Mixture<real, stored> mixture{1, of.kept, of.rank, of.out, of.turns, of.is_normed != 0, of.eps, of.angle_bound,
-                                        from.total.data(), from.kept_latents.data(), from.weights.data(),
-                                        from.indices.data(), of.B, of.P, of.Q};
-    real* update = of.updates + token * of.out;
-    std::fill(update, update + of.out, real(0));
+    const Mixture<real, stored> mixture{1, of.kept, of.rank, of.out, of.turns, of.is_normed != 0, of.eps,
+            of.angle_bound, from.total.data(), from.kept_latents.data(), from.weights.data(),
+            from.indices.data(), of.B, of.P, of.Q};
     if (of.rotates()) {
-        Slot<real, stored> slot(mixture);
-        for (std::int64_t place = token * of.kept; place < (token + 1) * of.kept; ++place) {
-            slot.make(token, place);
-            slot.add_rotated(mixture.weights[place], update);
-        }
+        Slots<real, stored>(mixture).mix(token, token + 1, of.updates);
         return;
     }
+    real* update = of.updates + token * of.out;
+    std::fill(update, update + of.out, real(0));
     std::vector<real> factors(of.rank);
     for (std::int64_t place = token * of.kept; place < (token + 1) * of.kept; ++place) {
         for (std::int64_t i = 0; i < of.rank; ++i)
             factors[i] = mixture.latents[place * of.rank + i] * mixture.weights[place];
-        add_rows(mixture.rows(place), of.rank, factors.data(), update, of.out);
+        add_rows<1>(mixture.rows(place), of.rank, factors.data(), Rows<real>{update, of.out}, of.out);
     }
 }
 
@@ -182,10 +180,10 @@ void decode(const Member<real, stored>* members, std::int64_t count, const store
 
 }  // namespace
 
-#define DECODE(name, real, stored)                                                                                   \
+#define DECODE(name, real, stored)                                                                                    \
     extern "C" void decode_step_##name(const void* members, std::int64_t count, const stored* x, std::int64_t tokens, \
-                                       int threads) {                                                                \
-        decode(static_cast<const Member<real, stored>*>(members), count, x, tokens, threads);                        \
+                                       int threads) {                                                                 \
+        decode(static_cast<const Member<real, stored>*>(members), count, x, tokens, threads);                         \
     }
 
 DECODE(float32, float, float)

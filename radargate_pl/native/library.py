@@ -30,7 +30,7 @@ FOLDER = Path(__file__).parent
 # No -ffast-math: NaN and infinity mean what they say. No -march=native: the machines of a cluster share a cache.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 AVX2 = ("-mavx2", "-mfma")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512")
 OF_PROCESSOR = {"AVX2": AVX2, "AVX512": AVX512}
 DIGEST = hashlib.sha256().digest_size
 _LOCK = threading.Lock()
