@@ -8,6 +8,7 @@ from torch import Tensor
 from radargate_pl.experts import ExpertBank
 from radargate_pl.gathered_rows import GatheredRows
 from radargate_pl.native.functions import is_native
+from radargate_pl.native.narrow_product import can_multiply, narrow_product
 
 
 def stacked(bank: ExpertBank, dtype: torch.dtype) -> tuple[Tensor, tuple[float, ...], Tensor]:
@@ -57,7 +58,10 @@ class LatentSource:
         """``S``, (T, out)."""
         if len(set(self.scaling)) > 1:
             return self.kept(latents, None).flatten(1) @ self.widened_B
-        return (latents.flatten(1).to(self.dtype) @ self.widened_B).mul_(self.scaling[0])
+        latents = latents.flatten(1)
+        if self.B.is_native and self.dtype == torch.float32 and can_multiply(latents, self.B.matrix):
+            return narrow_product(latents, self.B.matrix, self.scaling[0])
+        return (latents.to(self.dtype) @ self.widened_B).mul_(self.scaling[0])
 
     def gradient(self, indices: Tensor | None, of_total: Tensor | None, of_kept: Tensor) -> Tensor:
         """Gradient of the source from those of ``S`` and of the kept scaled latents, in ``dtype``."""

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from radargate_pl import notices
 from radargate_pl.gates import RadarGate
 from radargate_pl.native import library
 from radargate_pl.native.gathered_rows import gathered_dots, gathered_sums
+from radargate_pl.native.narrow_product import narrow_product
 from radargate_pl.native.turned_sum import turned_sum, turned_sum_gradients
 
 ROOT = Path(__file__).parent.parent
@@ -70,14 +72,20 @@ def operands(tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [total, latents, weights, torch.randint(0, 4, (tokens, 2), generator=generator), B, P, Q]
 
 
-def with_threads(count: int, arguments: list[Tensor]) -> list[Tensor]:
+@contextmanager
+def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        mixed = turned_sum(*arguments, True)
-        return [mixed, *turned_sum_gradients(torch.cos(mixed), *arguments, True)]
+        yield
     finally:
         torch.set_num_threads(before)
+
+
+def with_threads(count: int, arguments: list[Tensor]) -> list[Tensor]:
+    with threads(count):
+        mixed = turned_sum(*arguments, True)
+        return [mixed, *turned_sum_gradients(torch.cos(mixed), *arguments, True)]
 
 
 def test_threads_share_the_tokens_and_their_sums_are_added_in_order() -> None:
@@ -98,6 +106,29 @@ def test_gathered_rows_are_those_of_an_index(dtype: torch.dtype) -> None:
     chosen = rows.float().unflatten(0, (6, 5))[indices]
     assert_near(gathered_sums(factors, indices, rows), (factors.unsqueeze(-1) * chosen).sum((1, 2)), 1e-6, "sums")
     assert_near(gathered_dots(wide, indices, rows, 5), (chosen * wide[:, None, None]).sum(-1), 1e-6, "dots")
+
+
+@pytest.mark.skipif(
+    not hasattr(library.native_library(), "narrow_product_bfloat16"),
+    reason="this processor, or its compiler, does not multiply pairs of 16-bit numbers",
+)
+@pytest.mark.parametrize("width", [1, 31, 64, 65, 130])
+def test_a_product_of_16_bit_numbers_is_exact_but_for_the_order_of_its_sums(width: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for tokens, depth in ((1, 2), (5, 40), (6, 2), (37, 64)):
+        x, rows = torch.randn(tokens, depth, generator=generator), torch.randn(depth, width, generator=generator)
+        x, rows = x.bfloat16(), rows.bfloat16()
+        expected = 0.75 * (x.double() @ rows.double())
+        for count in (1, 3):
+            with threads(count):
+                found = narrow_product(x, rows, 0.75)
+            assert_near(found.double(), expected, 2e-6, f"{tokens} tokens, {depth} rows")
+    assert narrow_product(x[:0], rows, 1.0).shape == (0, width)
+    x[3] = float("nan")
+    assert narrow_product(x, rows, 1.0).isnan().any(1).nonzero().tolist() == [[3]]
+    for wrong in ((x.float(), rows), (x, rows.float()), (x[:, :-2], rows), (x[:, :3], rows[:3])):
+        with pytest.raises(RuntimeError, match="Expected"):
+            narrow_product(*wrong, 1.0)
 
 
 def test_gradients_that_are_lazily_negated_are_read() -> None:

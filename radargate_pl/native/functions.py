@@ -21,6 +21,7 @@ ARGUMENTS = {
     "turned_sum_gradients": (*_TURNED, *[POINTER] * 13, ctypes.c_int),
     "gathered_sums": (*[INTEGER] * 4, *[POINTER] * 4, ctypes.c_int),
     "gathered_dots": (*[INTEGER] * 4, *[POINTER] * 4, ctypes.c_int),
+    "narrow_product": (*[INTEGER] * 3, ctypes.c_float, *[POINTER] * 3, ctypes.c_int),  # of bfloat16 alone
     "decode_step": (POINTER, INTEGER, POINTER, INTEGER, ctypes.c_int),
 }
 

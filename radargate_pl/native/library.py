@@ -32,6 +32,7 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trap
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512")
 OF_PROCESSOR = {"AVX2": AVX2, "AVX512": AVX512}
+NARROW = "-mavx512bf16"  # products of 16-bit numbers; g++ before 10 does not know it
 DIGEST = hashlib.sha256().digest_size
 _LOCK = threading.Lock()
 SECONDS = 120  # for building: fifty times what it takes on a quiet machine
@@ -87,7 +88,9 @@ def _place() -> Path:
 
 
 def _flags() -> tuple[str, ...]:
-    return (*FLAGS, *OF_PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ()))
+    of_processor = OF_PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ())
+    is_narrow = of_processor == AVX512 and torch.cpu._is_avx512_bf16_supported()
+    return (*FLAGS, *of_processor, *([NARROW] if is_narrow else []))
 
 
 def _loaded(place: Path) -> ctypes.CDLL:
@@ -130,7 +133,12 @@ def _built(folder: Path) -> Path:
         raise FileNotFoundError(f"there is no compiler {compiler[0]}")
     compiler[0] = os.path.abspath(found)  # it runs elsewhere
     sources, built = sorted(map(str, FOLDER.glob("*.cpp"))), folder / "native.so"
-    _run([*compiler, *_flags(), "-c", *sources], folder)
+    try:
+        _run([*compiler, *_flags(), "-c", *sources], folder)
+    except subprocess.CalledProcessError:
+        if NARROW not in _flags():
+            raise
+        _run([*compiler, *(flag for flag in _flags() if flag != NARROW), "-c", *sources], folder)
     _run([*compiler, "-shared", *sorted(map(str, folder.glob("*.o"))), "-o", str(built)], folder)
     if not built.exists():
         raise OSError(f"{compiler[0]} ended well and made nothing")
