@@ -66,6 +66,7 @@ class CompiledLayers:
         for mixture in mixtures:
             # Not left to the graph: one that drops them itself is bound to the inputs of its own layer.
             mixture.shared_input.drop_plans()
+            mixture.fold_for_graph(hidden)
         used: list[Callable[..., Any]] = []
         run = partial(self._run, used, layer, _plain_forward(layer), **options)
         if layer.gradient_checkpointing and layer.training:

@@ -140,7 +140,7 @@ class AppliedExecution:
             "experts train": self._train != "gate",
             "untried with this gate": not gates <= {RadarGate, StretchGate},
             "auxiliary losses record every step": is_recorded,
-            "so many experts that layers start from their input": all(map(_starts_from_input, self._layers.values())),
+            "layers start from their input, but not in graphs": all(map(_loses_start, self._layers.values())),
             f"no gain was measured on {device.type}": device.type != "cpu",
             f"no gain was measured in {str(self._model.dtype).removeprefix('torch.')} on this processor": (
                 not _computes_in_bfloat16(self._model)
@@ -161,11 +161,13 @@ class AppliedExecution:
         return own if asked == "auto" else f"{own} ({reason})"
 
 
-def _starts_from_input(layer: MoELinear) -> bool:
+def _loses_start(layer: MoELinear) -> bool:
+    """Whether so many experts are there that the layer starts from its input, as its graph would not."""
     if layer.bank.trainable or layer.mixture == "plain":
         return False
     like = layer.bank.lora_A.new_empty(1, layer.bank.in_features)
-    return reads_input(like, layer.gate, layer.bank, layer.combine, None)
+    does = reads_input(like, layer.gate, layer.bank, layer.combine, None)
+    return does and not layer.fold_for_graph(like)
 
 
 def _computes_in_bfloat16(model: PreTrainedModel) -> bool:

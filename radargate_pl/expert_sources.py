@@ -1,6 +1,8 @@
 """Where the fast mixture finds the outputs of frozen experts: in the latents, or in the layer input (layer 2)."""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,32 +13,62 @@ from radargate_pl.native.functions import is_native
 from radargate_pl.native.narrow_product import can_multiply, narrow_product
 
 
-def stacked(bank: ExpertBank, dtype: torch.dtype) -> tuple[Tensor, tuple[float, ...], Tensor]:
-    """Return the rows of B, (E * r, out), the scaling of each expert, and that as a tensor (E,).
+class StackedExperts(NamedTuple):
+    """What the sources of a bank are made from.
+
+    Attributes:
+        A: rows (E * r, in), as they are stored.
+        B: rows (E * r, out), as they are stored.
+        scaling: of each expert.
+        scales: the same as a tensor (E,), in the dtype of what is computed, float32 or float64.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: tuple[float, ...]
+    scales: Tensor
+
+    @classmethod
+    def of(cls, bank: ExpertBank, dtype: torch.dtype) -> "StackedExperts":
+        """Return those of a bank.
+
+        Args:
+            bank: the layer's experts.
+            dtype: of what is computed.
+        """
+        # Remembered, since a list becomes a tensor on a device only by waiting for it.
+        scales = bank.cached("scaling", lambda: bank.lora_B.new_tensor(bank.scaling, dtype=dtype), dtype)
+        return cls(bank.lora_A.flatten(0, 1), bank.lora_B.mT.flatten(0, 1), tuple(bank.scaling), scales)
+
+
+def folded(bank: ExpertBank, dtype: torch.dtype) -> Tensor:
+    """Return ``W_sum = sum_i s_i A_i^T B_i^T``, (in, out), remembered until an expert changes.
 
     Args:
         bank: the layer's experts.
-        dtype: of the tensor.
+        dtype: of the result.
     """
-    # Remembered, since a list becomes a tensor on a device only by waiting for it.
-    scales = bank.cached("scaling", lambda: bank.lora_B.new_tensor(bank.scaling, dtype=dtype), dtype)
-    return bank.lora_B.mT.flatten(0, 1), tuple(bank.scaling), scales
+    return bank.cached("W_sum", lambda: _folded(StackedExperts.of(bank, dtype)), dtype)
+
+
+def _folded(experts: StackedExperts) -> Tensor:
+    scales = experts.scales.repeat_interleave(len(experts.B) // len(experts.scaling)).unsqueeze(-1)
+    return (experts.A * scales).mT @ experts.B.to(scales.dtype)
 
 
 class LatentSource:
     """The source is the latents of all experts, (T, E, r).
 
     Args:
-        B: stacked rows (E * r, out), as they are stored.
-        scaling: of each expert.
-        scales: the same as a tensor (E,), in the dtype of what is computed, float32 or float64.
+        experts: the layer's.
         may_be_native: whether native code may gather the rows.
     """
 
-    def __init__(self, B: Tensor, scaling: tuple[float, ...], scales: Tensor, may_be_native: bool) -> None:
-        self.scaling, self.scales, self.dtype, self.may_be_native = scaling, scales, scales.dtype, may_be_native
-        self.experts, self.rank = len(scaling), len(B) // len(scaling)
-        self.B = self._rows(B)
+    def __init__(self, experts: StackedExperts, may_be_native: bool) -> None:
+        self.scaling, self.scales, self.may_be_native = experts.scaling, experts.scales, may_be_native
+        self.dtype = self.scales.dtype
+        self.experts, self.rank = len(self.scaling), len(experts.B) // len(self.scaling)
+        self.B = self._rows(experts.B)
 
     def _rows(self, matrix: Tensor) -> GatheredRows:
         by_native = self.may_be_native and is_native(self.dtype, matrix)
@@ -77,20 +109,17 @@ class LatentSource:
 
 
 class InputSource(LatentSource):
-    """The source is the layer input, (T, in)."""
+    """The source is the layer input, (T, in).
 
-    def __init__(self, bank: ExpertBank, dtype: torch.dtype, may_be_native: bool) -> None:
-        super().__init__(*stacked(bank, dtype), may_be_native)
-        self.bank, self.A = bank, self._rows(bank.lora_A.flatten(0, 1))
+    Args:
+        experts: the layer's.
+        may_be_native: whether native code may gather the rows.
+        W_sum: returns what `folded` does; asked only where ``S`` is.
+    """
 
-    @property
-    def W_sum(self) -> Tensor:
-        """``sum_i s_i A_i^T B_i^T``, (in, out)."""
-        return self.bank.cached("W_sum", self._folded, self.dtype)
-
-    def _folded(self) -> Tensor:
-        scaling = self.scales.repeat_interleave(self.rank).unsqueeze(-1)
-        return (self.A.matrix * scaling).mT @ self.widened_B
+    def __init__(self, experts: StackedExperts, may_be_native: bool, W_sum: Callable[[], Tensor]) -> None:
+        super().__init__(experts, may_be_native)
+        self.A, self.W_sum = self._rows(experts.A), W_sum
 
     def kept(self, x: Tensor, indices: Tensor | None) -> Tensor:
         """Scaled latents of the kept experts, (T, K, r)."""
@@ -98,11 +127,11 @@ class InputSource(LatentSource):
 
     def total(self, x: Tensor) -> Tensor:
         """``S``, (T, out)."""
-        return x.to(self.dtype) @ self.W_sum
+        return x.to(self.dtype) @ self.W_sum()
 
     def gradient(self, indices: Tensor | None, of_total: Tensor | None, of_kept: Tensor) -> Tensor:
         """Gradient of the source from those of ``S`` and of the kept scaled latents, in ``dtype``."""
         gradient = self.A.sums(of_kept * self.scales[indices].unsqueeze(-1), indices)
         if of_total is not None:
-            gradient.addmm_(of_total, self.W_sum.mT)
+            gradient.addmm_(of_total, self.W_sum().mT)
         return gradient

@@ -39,9 +39,8 @@ class ExpertBank(Float32Module):
         scaling: their scalings.
         ranks: their own ranks; ``rank`` is the largest.
         shares_A: whether several experts have one A (HydraLoRA).
-        in_blocks: whether experts are evaluated eight at a time, the last ones beside zeros. The sums inside a GEMM
-            depend on its shape, which then does not change when an expert joins: weighted sums of the others stay the
-            same to the last bit. For gates that experts can join.
+        in_blocks: whether experts are evaluated eight at a time, the last ones beside zeros: the shape of a GEMM, and
+            with it the last bit of the others' weighted sums, stays when an expert joins. For gates that one can join.
         domains: expert of the library to the embedding of its training data, (m,); ``None`` when nobody gave any.
 
     Raises:
@@ -52,6 +51,7 @@ class ExpertBank(Float32Module):
 
     trainable = False
     keeps_float32 = False
+    W_sum: Tensor | None = None  # for a graph that starts from the layer input; see `fast_mixture.fold_for_graph`
 
     def __init__(
         self,

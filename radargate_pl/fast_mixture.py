@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from radargate_pl.combines import Combine
-from radargate_pl.expert_sources import InputSource, LatentSource, stacked
+from radargate_pl.expert_sources import InputSource, LatentSource, StackedExperts, folded
 from radargate_pl.experts import ExpertBank
 from radargate_pl.fast_rotation import KeptExperts, turned_sum, turned_sum_gradients
 from radargate_pl.gates import Gate, Routing
@@ -81,9 +81,12 @@ def reads_input(x: Tensor, gate: Gate, bank: ExpertBank, combine: Combine, activ
 
     Kept latents are then never rounded to 16 bits, as they are in plain operations on such experts: results are nearer
     to the truth, and differ from plain ones by that rounding; angles recorded are still those of rounded latents.
-    Autocast stays with latents, so that it equals the 16-bit model in all its roundings.
+    Autocast stays with latents, so that it equals the 16-bit model in all its roundings. A graph cannot look whether an
+    expert changed: it does as `fold_for_graph` found before.
     """
-    if torch.compiler.is_compiling() or bank.shares_A or not _suits(bank, combine, gate.rotation, active):
+    if torch.compiler.is_compiling():
+        return bank.W_sum is not None
+    if bank.shares_A or not _suits(bank, combine, gate.rotation, active):
         return False
     if not ignores_latents(gate) or torch.is_autocast_enabled(x.device.type):
         return False
@@ -94,6 +97,21 @@ def reads_input(x: Tensor, gate: Gate, bank: ExpertBank, combine: Combine, activ
     narrow = NARROW if bank.lora_A.dtype.itemsize < gate_dtype(bank.lora_A.dtype).itemsize else 1
     latents = bank.num_experts * bank.rank * (2 * narrow * width + 3 * rotates * bank.out_features)
     return 3 * rotates * width * bank.out_features + GATHERED * 2 * top_k * bank.rank * width < latents
+
+
+def fold_for_graph(
+    x: Tensor, gate: Gate, bank: ExpertBank, combine: Combine, active: tuple[int, ...] | None, mixture: Mixture
+) -> bool:
+    """Hand the bank its ``W_sum`` where a graph is to start from the layer input, and tell whether it does.
+
+    It does where `reads_input` says so and the mixture is an operator of the graph: under a rotation, in native code.
+    """
+    dtype = gate_dtype(bank.lora_B.dtype)
+    does = mixture == "auto" and gate.rotation.acts_on_outputs and reads_input(x, gate, bank, combine, active)
+    W_sum = folded(bank, dtype) if does and is_native(dtype, bank.lora_B.mT) else None
+    if bank.W_sum is not W_sum:
+        bank.W_sum = W_sum
+    return W_sum is not None
 
 
 def _suits(bank: ExpertBank, combine: Combine, rotation: Rotation, active: tuple[int, ...] | None) -> bool:
@@ -123,11 +141,11 @@ def fast_mix(
     Returns:
         (..., out), float32.
     """
-    if torch.compiler.is_compiling() and isinstance(rotation, RadarRotation):
-        return _mix_in_graph(latents, routing, bank, rotation)
     weights, indices, _ = routing
     shape, width = weights.shape[:-1], latents.shape[-1]
     source = latents.reshape(-1, bank.num_experts, width) if width else x.reshape(-1, bank.in_features)
+    if torch.compiler.is_compiling() and isinstance(rotation, RadarRotation):
+        return _mix_in_graph(source, routing, bank, rotation).view(*shape, bank.out_features)
     factors = (rotation.P, rotation.Q) if isinstance(rotation, RadarRotation) else (None, None)
     is_normed = isinstance(rotation, RadarRotation) and rotation.angle_norm == "rms"
     flat = (part if part is None else part.reshape(-1, part.shape[-1]) for part in (weights, indices))
@@ -135,21 +153,22 @@ def fast_mix(
     return mixed.view(*shape, bank.out_features)
 
 
-def _mix_in_graph(latents: Tensor, routing: Routing, bank: ExpertBank, rotation: RadarRotation) -> Tensor:
+def _mix_in_graph(source: Tensor, routing: Routing, bank: ExpertBank, rotation: RadarRotation) -> Tensor:
     """The mixture as one operator, in whose inside the compiler does not look."""
     weights, indices, _ = routing
-    shape, dtype = weights.shape[:-1], _computed(weights, bank)
-    mixed, _ = turned_mixture(
-        latents.flatten(0, -3),
-        weights.flatten(0, -2).to(dtype),
+    mixed: Tensor = turned_mixture(
+        source,
+        weights.flatten(0, -2).to(_computed(weights, bank)),
         None if indices is None else indices.flatten(0, -2),
+        bank.lora_A.flatten(0, 1),
         bank.lora_B.mT.flatten(0, 1),
+        bank.W_sum,
         rotation.P,
         rotation.Q,
         bank.scaling,
         rotation.angle_norm == "rms",
-    )
-    return mixed.view(*shape, bank.out_features)
+    )[0]
+    return mixed
 
 
 def _computed(weights: Tensor, bank: ExpertBank) -> torch.dtype:
@@ -186,9 +205,10 @@ class _Settings(NamedTuple):
 
     def side(self, starts_from_input: bool, weights: Tensor) -> LatentSource:
         dtype = _computed(weights, self.bank)
+        experts = StackedExperts.of(self.bank, dtype)
         if starts_from_input:
-            return InputSource(self.bank, dtype, self.may_be_native)
-        return LatentSource(*stacked(self.bank, dtype), self.may_be_native)
+            return InputSource(experts, self.may_be_native, lambda: folded(self.bank, dtype))
+        return LatentSource(experts, self.may_be_native)
 
     def frozen(self, starts_from_input: bool) -> tuple[Tensor, ...]:
         return (self.bank.lora_A, self.bank.lora_B) if starts_from_input else (self.bank.lora_B,)

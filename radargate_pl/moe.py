@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from radargate_pl.combines import COMBINES, Combine
 from radargate_pl.experts import ExpertBank
-from radargate_pl.fast_mixture import Mixture, check_mixture, project_for_record, reads_input
+from radargate_pl.fast_mixture import Mixture, check_mixture, fold_for_graph, project_for_record, reads_input
 from radargate_pl.gates import Context, Gate, Routing, Site
 from radargate_pl.mixture import mix
 from radargate_pl.remembered import CountsChanges
@@ -85,6 +85,15 @@ class MoELinear(CountsChanges):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.shared_input.forget()
         return super()._apply(fn, recurse)
+
+    def fold_for_graph(self, x: Tensor) -> bool:
+        """Make ready what a compiled graph of this layer cannot make; tell whether it will start from the layer input.
+
+        Args:
+            x: with the dtype and device of the layer input.
+        """
+        active = self.gate.active(self.bank, self.context)
+        return fold_for_graph(x, self.gate, self.bank, self.combine, active, self.mixture)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute base layer plus mixture: (..., in) to (..., out), the base layer's dtype."""

@@ -111,6 +111,19 @@ def test_buckets_of_ddp_do_not_cut_graphs_into_pieces(buckets_of_one):
     assert_same_gradients(found, expected, NOISE)
 
 
+def test_layers_of_many_experts_start_from_their_input_in_graphs_too(monkeypatch):
+    monkeypatch.setitem(tiny_models.KINDS, "deep", ("LlamaForCausalLM", {**LLAMA, "num_hidden_layers": 5}))
+    folder = tiny_models.experts_folder("deep")
+    experts = {f"n{i}": f"{folder}/e{i % 3}" for i in range(60)}
+    batch = batch_of("llama")
+    del batch["expert"]
+    network = compiled("deep", experts=experts)
+    found = gradients(network, batch)
+    assert network.applied_execution.compiled.graphs == 1
+    assert any(layer.bank.W_sum is not None for layer in network.layers.values())
+    assert_same_gradients(found, gradients(eager("deep", experts=experts), batch), NOISE)
+
+
 def pickled(network: GatedNetwork) -> GatedNetwork:
     written = io.BytesIO()
     torch.save(network, written)

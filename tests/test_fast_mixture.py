@@ -294,6 +294,32 @@ def test_inside_compile_only_native_code_is_not_plain(
         torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("scalings", [(2.0, 1.0, 3.27), (2.0,)])
+def test_a_graph_starts_from_the_input_where_eager_code_does(
+    scalings: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_calls(monkeypatch)
+    layer, x = layer_in(torch.float64, RadarGate, MANY, scalings=scalings), tokens(5)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for _ in range(2):
+        expected = results(layer, x, "plain")
+        assert not layer.fold_for_graph(x)
+        layer.mixture = "auto"
+        assert layer.fold_for_graph(x)
+        for ours, plain in zip(results(layer, x, "auto", compiled), expected, strict=True):
+            assert_near(ours, plain, 1e-12, f"{tuple(plain.shape)}")
+        with torch.no_grad():
+            layer.bank.lora_B.mul_(-0.7)  # seen by the next step
+    assert set(calls) == {True}
+    layer.mixture = "torch"
+    assert not layer.fold_for_graph(x)
+    assert layer.bank.W_sum is None
+    assert not layer_in(torch.float64, RadarGate, FEW).fold_for_graph(x)
+    assert not layer_in(torch.float64, StretchGate, MANY).fold_for_graph(x)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(
     ("count", "gate", "options"),
     [
