@@ -235,6 +235,15 @@ def test_a_compiler_may_have_arguments(fresh: Path, monkeypatch: pytest.MonkeyPa
     assert library.native_library() is not None
 
 
+def test_a_compiler_older_than_the_processor_builds_what_it_can(fresh: Path, tmp_path: Path, monkeypatch) -> None:
+    refusing = 'case "$*" in *avx512bf16*) echo "error: unrecognized option" >&2; exit 1;; esac; exec g++ "$@"'
+    monkeypatch.setenv("CXX", script(tmp_path, refusing))
+    found = library.native_library()
+    assert found is not None
+    assert not hasattr(found, "narrow_product_bfloat16")
+    mixture_is_right()
+
+
 def test_it_is_built_once_for_all_processes(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.native_library() is not None
     (made,) = (fresh / "native").iterdir()
