@@ -106,9 +106,10 @@ def fold_for_graph(
 
     It does where `reads_input` says so and the mixture is an operator of the graph: under a rotation, in native code.
     """
-    dtype = gate_dtype(bank.lora_B.dtype)
-    does = mixture == "auto" and gate.rotation.acts_on_outputs and reads_input(x, gate, bank, combine, active)
-    W_sum = folded(bank, dtype) if does and is_native(dtype, bank.lora_B.mT) else None
+    W_sum = None
+    if mixture == "auto" and gate.rotation.acts_on_outputs and reads_input(x, gate, bank, combine, active):
+        dtype = gate_dtype(bank.lora_B.dtype)
+        W_sum = folded(bank, dtype) if is_native(dtype, bank.lora_B.mT) else None
     if bank.W_sum is not W_sum:
         bank.W_sum = W_sum
     return W_sum is not None

@@ -124,6 +124,14 @@ def test_layers_of_many_experts_start_from_their_input_in_graphs_too(monkeypatch
     assert_same_gradients(found, gradients(eager("deep", experts=experts), batch), NOISE)
 
 
+@pytest.mark.parametrize("options", [{"gate": "task", "train": "experts"}, {"train": "both"}], ids=str)
+def test_experts_train_in_graphs_too(options):
+    network, batch = compiled(**options), batch_of("llama")
+    found = gradients(network, batch)
+    assert network.applied_execution.compiled.graphs == 1
+    assert_same_gradients(found, gradients(eager(**options), batch), NOISE)
+
+
 def pickled(network: GatedNetwork) -> GatedNetwork:
     written = io.BytesIO()
     torch.save(network, written)
