@@ -54,6 +54,8 @@ class CompiledLayers:
         """Let the layers run as the model wrote them."""
         for layer in self._layers:
             vars(layer).pop("forward", None)
+            for mixture in moe_layers(layer).values():
+                mixture.bank.W_sum.value = None
 
     def _forward(self, layer: Any, mixtures: Sequence[Any], *args: Any, **options: Any) -> Any:
         is_recorded = any(mixture.recorder is not None for mixture in mixtures)

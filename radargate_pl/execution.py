@@ -91,9 +91,10 @@ class AppliedExecution:
 
         It does for frozen experts under RadarGate or StretchGate, a decoder-only backbone of 50 million weights or more
         in bfloat16 on a processor with bfloat16 units, and a fit of 1,000 batches or more, from its first to its last.
-        There a compiled step with 5 to 40 experts took 0.72 to 0.79 of an eager one, with 128 as long and with 256
-        1.35 times as long: not where layers start from their input (`fast_mixture.reads_input`). In float32 on a
-        processor without such units nothing was gained; on GPUs nobody has measured it.
+        There a compiled step with 5, 40 and 256 experts took 0.73, 0.77 and 0.68 of an eager one. Not where so many
+        experts are there that layers start from their input, but would not in a graph: without a rotation or without
+        native code (`fast_mixture.fold_for_graph`). In float32 on a processor without such units nothing was gained; on
+        GPUs nobody has measured it.
 
         Args:
             batches: of the whole fit on this process; those before a resumption count, so that it decides as before.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from radargate_pl.expert_shapes import check_experts
 from radargate_pl.ops import gate_dtype, one_hot_like, pack_latents
 from radargate_pl.precision import Float32Module
-from radargate_pl.remembered import Remembered
+from radargate_pl.remembered import Prepared, Remembered
 
 LAYER_NORM_EPS = 1e-8
 BLOCK = 8  # experts in one GEMM, where an expert that joins must leave the results of the others alone
@@ -21,10 +21,9 @@ class ExpertBank(Float32Module):
     r"""All experts that exist at one layer, frozen: ``v_i = scaling_i * (x A_i^T) B_i^T``.
 
     Everything a gate needs (the total, norms, Grams, LayerNorm statistics of all outputs side by side) is computed
-    exactly from the latents ``h_i = x A_i^T``, which are ``r`` wide; a full expert output is made only for the experts
-    that are kept. Experts of other layers ("absent" here) simply are not in the bank: they cost nothing and count
-    nowhere. The experts are stacked as ``lora_A`` (E, r, in) and ``lora_B`` (E, out, r), padded with zeros to the
-    largest rank, in their own dtype.
+    exactly from the latents ``h_i = x A_i^T``, which are ``r`` wide; a full output is made only of kept experts.
+    Experts of other layers ("absent" here) are not in the bank: they cost nothing and count nowhere. The experts are
+    stacked as ``lora_A`` (E, r, in) and ``lora_B`` (E, out, r), padded with zeros to the largest rank, in their dtype.
 
     Args:
         lora_A: expert name to A, (r_i, in).
@@ -39,9 +38,9 @@ class ExpertBank(Float32Module):
         scaling: their scalings.
         ranks: their own ranks; ``rank`` is the largest.
         shares_A: whether several experts have one A (HydraLoRA).
-        in_blocks: whether experts are evaluated eight at a time, the last ones beside zeros: the shape of a GEMM, and
-            with it the last bit of the others' weighted sums, stays when an expert joins. For gates that one can join.
-        domains: expert of the library to the embedding of its training data, (m,); ``None`` when nobody gave any.
+        in_blocks: whether experts are evaluated eight at a time beside zeros: the shape of a GEMM, and with it the last
+            bit of the others' weighted sums, stays when an expert joins. For gates that one can join.
+        domains: expert of the library to the embedding of its training data, (m,); ``None`` when not given.
 
     Raises:
         ValueError: when no expert is given, names differ between the arguments, or shapes do not fit together.
@@ -51,7 +50,6 @@ class ExpertBank(Float32Module):
 
     trainable = False
     keeps_float32 = False
-    W_sum: Tensor | None = None  # for a graph that starts from the layer input; see `fast_mixture.fold_for_graph`
 
     def __init__(
         self,
@@ -75,6 +73,7 @@ class ExpertBank(Float32Module):
         self.shares_A = len(self.names) > 1 and len({id(lora_A[name]) for name in self.names}) == 1
         self.in_blocks = False
         self._cache: dict[str, Remembered] = {}
+        self.W_sum = Prepared()  # for graphs that start from the layer input; see `fast_mixture.fold_for_graph`
         self._store([lora_A[name] for name in self.names], [lora_B[name] for name in self.names])
 
     def _store(self, lora_A: list[Tensor], lora_B: list[Tensor]) -> None:
@@ -113,6 +112,7 @@ class ExpertBank(Float32Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._cache.clear()
+        self.W_sum.value = None
         return super()._apply(fn, recurse)
 
     @property

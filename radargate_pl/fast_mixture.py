@@ -1,9 +1,9 @@
 """The mixture of frozen experts under a gate that trains, as one autograd function with its backward by hand (layer 2).
 
 `mixture.mix` states the same in plain operations and stays the reference; tests hold the two together. Here a module
-keeps its latents, weights and indices for the backward pass, or ``S`` in place of wider latents: the kept ``v_i`` are
-made again there. A kept ``v_i`` is gathered row by row from the stacked B, which costs ``r`` rows a token whatever
-the number of experts. Two forms:
+keeps its latents, weights and indices for the backward pass, or ``S`` in place of wider latents (always in a graph of
+``torch.compile``, see `mixture_operators`): the kept ``v_i`` are made again there. One is gathered row by row from the
+stacked B, which costs ``r`` rows a token whatever the number of experts. Two forms:
 
 * from latents: ``S = h B``, five products with ``n r`` numbers a token in a training step;
 * from the input, for many experts: ``S = x W_sum`` with ``W_sum = sum_i s_i A_i^T B_i^T``, and only the kept experts'
@@ -85,7 +85,7 @@ def reads_input(x: Tensor, gate: Gate, bank: ExpertBank, combine: Combine, activ
     expert changed: it does as `fold_for_graph` found before.
     """
     if torch.compiler.is_compiling():
-        return bank.W_sum is not None
+        return bank.W_sum.value is not None
     if bank.shares_A or not _suits(bank, combine, gate.rotation, active):
         return False
     if not ignores_latents(gate) or torch.is_autocast_enabled(x.device.type):
@@ -105,13 +105,13 @@ def fold_for_graph(
     """Hand the bank its ``W_sum`` where a graph is to start from the layer input, and tell whether it does.
 
     It does where `reads_input` says so and the mixture is an operator of the graph: under a rotation, in native code.
+    To be asked before every step: experts may have changed.
     """
     W_sum = None
     if mixture == "auto" and gate.rotation.acts_on_outputs and reads_input(x, gate, bank, combine, active):
         dtype = gate_dtype(bank.lora_B.dtype)
         W_sum = folded(bank, dtype) if is_native(dtype, bank.lora_B.mT) else None
-    if bank.W_sum is not W_sum:
-        bank.W_sum = W_sum
+    bank.W_sum.value = W_sum
     return W_sum is not None
 
 
@@ -163,7 +163,7 @@ def _mix_in_graph(source: Tensor, routing: Routing, bank: ExpertBank, rotation: 
         None if indices is None else indices.flatten(0, -2),
         bank.lora_A.flatten(0, 1),
         bank.lora_B.mT.flatten(0, 1),
-        bank.W_sum,
+        bank.W_sum.value,
         rotation.P,
         rotation.Q,
         bank.scaling,

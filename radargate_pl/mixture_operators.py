@@ -55,9 +55,10 @@ def turned_mixture(
 
     Source: arXiv 2505.23184, eq. 4-8.
     """
-    side = _side(A, B, W_sum, scaling, weights)
-    total, latents = side.total(source), side.kept(source, indices)
-    return turned_sum(KeptExperts(total, latents, weights, indices, side.B), P, Q, is_normed), total, latents
+    with torch.autocast("cpu", enabled=False):
+        side = _side(A, B, W_sum, scaling, weights)
+        total, latents = side.total(source), side.kept(source, indices)
+        return turned_sum(KeptExperts(total, latents, weights, indices, side.B), P, Q, is_normed), total, latents
 
 
 @torch.library.custom_op("radargate::turned_mixture_gradients", mutates_args=(), device_types="cpu")
@@ -91,9 +92,10 @@ def turned_mixture_gradients(
         scaling: see there.
         is_normed: see there.
     """
-    side = _side(A, B, W_sum, scaling, weights)
-    found = turned_sum_gradients(KeptExperts(total, latents, weights, indices, side.B), P, Q, is_normed, grad)
-    return side.gradient(indices, found.total, found.latents), found.weights, found.P, found.Q
+    with torch.autocast("cpu", enabled=False):
+        side = _side(A, B, W_sum, scaling, weights)
+        found = turned_sum_gradients(KeptExperts(total, latents, weights, indices, side.B), P, Q, is_normed, grad)
+        return side.gradient(indices, found.total, found.latents), found.weights, found.P, found.Q
 
 
 @turned_mixture.register_fake
@@ -124,7 +126,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(total, latents, weights, indices, A, B, W_sum, P, Q)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
     found = turned_mixture_gradients(grad, *ctx.saved_tensors, ctx.scaling, ctx.is_normed)
     of_source, of_weights, of_P, of_Q = found
     return of_source.to(ctx.dtype), of_weights, None, None, None, None, of_P, of_Q, None, None

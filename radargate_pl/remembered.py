@@ -54,6 +54,20 @@ class Remembered:
         self._weights, self._settings, self._value = [], (), None
 
 
+class Prepared:
+    """A tensor that compiled graphs read and cannot make; copies and pickles are without it.
+
+    Attributes:
+        value: ``None`` where nothing was prepared.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type["Prepared"], tuple[()]]:
+        return Prepared, ()
+
+
 class Changes:
     """Counts assignments to attributes of modules that inherit from `CountsChanges`."""
 

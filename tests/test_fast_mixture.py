@@ -314,7 +314,7 @@ def test_a_graph_starts_from_the_input_where_eager_code_does(
     assert set(calls) == {True}
     layer.mixture = "torch"
     assert not layer.fold_for_graph(x)
-    assert layer.bank.W_sum is None
+    assert layer.bank.W_sum.value is None
     assert not layer_in(torch.float64, RadarGate, FEW).fold_for_graph(x)
     assert not layer_in(torch.float64, StretchGate, MANY).fold_for_graph(x)
     torch.compiler.reset()

@@ -242,6 +242,9 @@ def test_a_compiler_older_than_the_processor_builds_what_it_can(fresh: Path, tmp
     assert found is not None
     assert not hasattr(found, "narrow_product_bfloat16")
     mixture_is_right()
+    monkeypatch.delenv("CXX")  # a newer one, and what the old one made is still in the cache
+    library._attempt.cache_clear()
+    assert hasattr(library.native_library(), "narrow_product_bfloat16") == (library.NARROW in library._flags())
 
 
 def test_it_is_built_once_for_all_processes(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +259,7 @@ def test_it_is_built_once_for_all_processes(fresh: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.9999])
 def test_part_of_a_file_is_built_anew(share: float, fresh: Path) -> None:
     """A system's loader takes half a library without a word, and the process dies at the first page that is missing."""
-    place = library._place()
+    place = library._place(library._flags())
     place.parent.mkdir(parents=True)
     content = b"\x7fELF" + bytes(100_000)
     whole = content + hashlib.sha256(content).digest()
@@ -268,7 +271,7 @@ def test_part_of_a_file_is_built_anew(share: float, fresh: Path) -> None:
 
 def test_a_file_of_somebody_else_is_not_run(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.native_library() is not None
-    place = library._place()
+    place = library._place(library._flags())
     assert library._is_whole(place)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     monkeypatch.setattr(Path, "stat", lambda _: SimpleNamespace(st_uid=23456))

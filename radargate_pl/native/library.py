@@ -60,7 +60,7 @@ def native_library() -> ctypes.CDLL | None:
 def _attempt() -> Attempt:
     advice = "install a C++ compiler (g++), or name one in CXX"
     try:
-        return Attempt(_loaded(_place()))
+        return Attempt(_loaded(_flags()))
     except subprocess.TimeoutExpired as error:
         return Attempt(None, f"{error.cmd[0]} did not end within {SECONDS} seconds; name another compiler in CXX")
     except subprocess.CalledProcessError as error:
@@ -81,9 +81,9 @@ def attempt() -> Attempt:
         return _attempt()
 
 
-def _place() -> Path:
+def _place(flags: tuple[str, ...]) -> Path:
     sources = [path.read_text(encoding="utf-8") for path in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")))]
-    key = "\n".join([*sources, platform.machine(), *_flags()])
+    key = "\n".join([*sources, platform.machine(), *flags])
     return cache_folder() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
 
@@ -93,14 +93,24 @@ def _flags() -> tuple[str, ...]:
     return (*FLAGS, *of_processor, *([NARROW] if is_narrow else []))
 
 
-def _loaded(place: Path) -> ctypes.CDLL:
+def _loaded(flags: tuple[str, ...]) -> ctypes.CDLL:
+    place = _place(flags)
     if _is_whole(place):
         try:
             return ctypes.CDLL(str(place))
         except OSError:  # of a machine with another C library
             pass
+    try:
+        return _made(place, flags)
+    except subprocess.CalledProcessError:
+        if NARROW not in flags:
+            raise
+        return _loaded(tuple(flag for flag in flags if flag != NARROW))
+
+
+def _made(place: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="radargate-native-") as folder:
-        built = _built(Path(folder))
+        built = _built(Path(folder), flags)
         # Loaded before it is kept: what does not load is not left for others.
         library = ctypes.CDLL(str(built))
         content = built.read_bytes()
@@ -126,19 +136,14 @@ def _write(content: bytes, file: BinaryIO) -> None:
     file.write(content)
 
 
-def _built(folder: Path) -> Path:
+def _built(folder: Path, flags: tuple[str, ...]) -> Path:
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     found = shutil.which(compiler[0])
     if found is None:
         raise FileNotFoundError(f"there is no compiler {compiler[0]}")
     compiler[0] = os.path.abspath(found)  # it runs elsewhere
     sources, built = sorted(map(str, FOLDER.glob("*.cpp"))), folder / "native.so"
-    try:
-        _run([*compiler, *_flags(), "-c", *sources], folder)
-    except subprocess.CalledProcessError:
-        if NARROW not in _flags():
-            raise
-        _run([*compiler, *(flag for flag in _flags() if flag != NARROW), "-c", *sources], folder)
+    _run([*compiler, *flags, "-c", *sources], folder)
     _run([*compiler, "-shared", *sorted(map(str, folder.glob("*.o"))), "-o", str(built)], folder)
     if not built.exists():
         raise OSError(f"{compiler[0]} ended well and made nothing")

@@ -73,7 +73,8 @@ struct Slots {
         const std::int64_t count = N * angles.stride;
         for (std::int64_t i = 0; of.bound > 0 && i < count; ++i)
             angles[0][i] = of.bound * std::tanh(angles[0][i] / of.bound);
-        cos_sin(angles[0], cosine[0], sine[0], count);
+        // One after the other: angles that are far out are computed otherwise, and are nobody else's matter.
+        for (int n = 0; n < N; ++n) cos_sin(angles[n], cosine[n], sine[n], of.planes());
     }
 
     void make_output(int n, std::int64_t place) {
