@@ -1,5 +1,5 @@
-// The mixture of rotated experts and its gradients, one token after the other: nothing as wide as a layer leaves the
-// nearest cache between the rows of B and the result. turned_sum.py states the formulas and the shapes; the same in
+// The mixture of rotated experts and its gradients, a few kept outputs at a time: nothing as wide as a layer leaves the
+// nearest caches between the rows of B and the result. turned_sum.py states the formulas and the shapes; the same in
 // tensor operations is fast_rotation.py, and the readable form rotations.py. Tests hold all of them together.
 //
 // The gradient of a slot, with G that of the mixture, w = S - v, c = 1 / (rms(v) rms(w)), D = c (da Q^T) P^T, and the
