@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from commands import mean_loss, radargate
 from costs.machine import machine
 
@@ -109,7 +110,7 @@ def main(words: list[str] | None = None) -> None:
         for form in options.forms.split(",")
     ]
     rows = differences(fits)
-    report = {"machine": machine(), "steps": options.steps, "fits": fits, "differences": rows}
+    report = {"machine": machine(torch.device("cpu")), "steps": options.steps, "fits": fits, "differences": rows}
     (runs / "training_curves.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (runs / "training_curves.md").write_text(markdown(rows), encoding="utf-8")
     draw(fits, runs / "training_curves.png")
