@@ -18,11 +18,14 @@ import socket
 import sys
 from collections.abc import Iterator
 
+import input_scale
 import mixture_switch
 import pytest
 import torch
 
 from radargate_pl import shared_inputs
+
+input_scale.apply_scale()
 
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")
 

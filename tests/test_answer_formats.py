@@ -384,11 +384,11 @@ HUGE = [
 @pytest.mark.parametrize("output", HUGE, ids=lambda output: output[:24])
 def test_numbers_too_long_to_compare_are_found_but_wrong(output):
     """Exact values would fill the memory (1e99999999), and Python refuses to read more than 4300 digits."""
-    begun = time.monotonic()
+    begun = time.process_time()
     found = judge("number", output, Reference(("7",)))
     assert found.extracted is not None
     assert not found.correct
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
     assert number_of(output) is None
 
 

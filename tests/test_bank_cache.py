@@ -125,4 +125,4 @@ def test_a_mixture_follows_changes_that_count_no_version(change: Callable, count
         layer.mixture = mixture
         found.append([layer(x), *torch.autograd.grad(layer(x).sin().sum(), [x, *layer.gate.parameters()])])
     for ours, plain in zip(*found, strict=True):
-        assert_near(ours, plain, 2e-5, f"{tuple(plain.shape)}")
+        assert_near(ours, plain, 2e-4, f"{tuple(plain.shape)}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from radargate_pl import decode_buffers, decode_mixture
 from radargate_pl.gates import Context, RadarGate, RotationGate, StretchGate
-from radargate_pl.moe import MoELinear, attach
+from radargate_pl.moe import MoELinear, attach, moe_layers
 from radargate_pl.native_decode import NativeDecodeMixture
 from radargate_pl.prompt_gates import record_prompts
 from radargate_pl.records import record_gates
@@ -94,6 +94,21 @@ def warmed(model: Model, count: int = 1, dtype: torch.dtype = torch.float32) -> 
 def calls(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
     """How many layers each quick computation was for."""
     return count_updates(monkeypatch, request.param)
+
+
+def assert_near_by_rounding(y: Tensor, expected: Tensor, largest_angle: float = 1.0, relative: float = 5e-6) -> None:
+    """Two orders of float32 sums: they differ by the largest output, and by the angle, whose error grows with it."""
+    error, bound = float((y - expected).abs().max()), relative * (1 + largest_angle) * float(expected.abs().max())
+    assert error <= bound, f"{error} > {bound}"
+
+
+@torch.no_grad()
+def largest_angle(model: Model, x: Tensor) -> float:
+    """The largest angle in radians that the general path turns by; 0 without a rotation."""
+    paths = [path for path, layer in moe_layers(model).items() if layer.gate.rotation.acts_on_outputs]
+    with record_gates(model, paths) as recorded:
+        model(x)
+    return max((float(recorded[path].angles.abs().max()) for path in paths), default=0.0)
 
 
 def assert_equal_paths(model: Model, x: Tensor, tolerance: float = 2e-6) -> None:
@@ -196,7 +211,7 @@ def test_whoever_is_called_first_computes_for_all(order: str, calls: list[int]) 
         model(tokens(2, seed=5))
         for turn in (order, "qkv", "vkq"):
             for name, y in model(x, turn).items():
-                torch.testing.assert_close(y, expected[name], rtol=1e-5, atol=1e-5)
+                assert_near_by_rounding(y, expected[name])
     assert calls == [3, 3, 3]
 
 
@@ -209,9 +224,9 @@ def test_an_input_changed_in_place_in_between_is_read_again(mode: Any, calls: li
         q = model.attention.q(x)
         x.mul_(3)
         k, v = model.attention.k(x), model.attention.v(x)
-    torch.testing.assert_close(q, first["q"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(k, second["k"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(v, second["v"], rtol=1e-5, atol=1e-5)
+    assert_near_by_rounding(q, first["q"])
+    assert_near_by_rounding(k, second["k"])
+    assert_near_by_rounding(v, second["v"])
 
 
 def test_an_equal_input_that_is_another_tensor_is_another_input(calls: list[int]) -> None:
@@ -222,7 +237,7 @@ def test_an_equal_input_that_is_another_tensor_is_another_input(calls: list[int]
         for _ in range(8):
             for name in "qkv":
                 y = getattr(model.attention, name)(x.clone())
-                torch.testing.assert_close(y, expected[name], rtol=1e-5, atol=1e-5)
+                assert_near_by_rounding(y, expected[name])
     assert calls[-1] == 1, "after a few wrong guesses each goes alone"
 
 
@@ -232,10 +247,10 @@ def test_layers_called_with_different_inputs_are_kept_apart(calls: list[int]) ->
     expected, kept = generally(model, x)["q"], generally(model, memory)
     with torch.no_grad():
         for step in range(4):
-            torch.testing.assert_close(model.attention.q(x), expected, rtol=1e-5, atol=1e-5)
+            assert_near_by_rounding(model.attention.q(x), expected)
             if step < 2:
                 for name in "kv":
-                    torch.testing.assert_close(getattr(model.attention, name)(memory), kept[name], rtol=1e-5, atol=1e-5)
+                    assert_near_by_rounding(getattr(model.attention, name)(memory), kept[name])
             x = x.clone()
     assert calls == [1, 2, 1, 1]
 
@@ -339,13 +354,14 @@ def test_nothing_made_from_parameters_outlives_a_change(change: str, mode: Any, 
         before = model(x.clone())
     assert calls == [3]
     CHANGES[change](model)
-    expected = generally(copy.deepcopy(model), x)  # gradients in the model itself would drop what it made
+    twin = copy.deepcopy(model)  # gradients in the model itself would drop what it made
+    expected, angle = generally(twin, x), largest_angle(twin, x)
     with mode():
         after = model(x.clone())
     assert len(calls) > 1
     assert any(not torch.allclose(before[name], expected[name], rtol=1e-3, atol=1e-3) for name in before)
     for name, y in after.items():
-        torch.testing.assert_close(y.clone(), expected[name], rtol=1e-4, atol=1e-4)
+        assert_near_by_rounding(y, expected[name], angle)  # tens of radians after some of the changes
 
 
 def test_a_generation_whose_prompts_are_recorded_goes_the_quick_way_behind_them(calls: list[int]) -> None:
@@ -380,7 +396,7 @@ def test_weights_that_change_at_every_step_are_not_fused_at_every_step(calls: li
         shared_input = model.attention.q.shared_input
         shared_input.forget()
         for name, expected in model(x).items():
-            torch.testing.assert_close(y[name], expected, rtol=1e-5, atol=1e-5)
+            assert_near_by_rounding(y[name], expected)
     assert 0 < len(calls) < 8
 
 
@@ -439,7 +455,7 @@ def test_networks_take_turns() -> None:
         mixed = {name: (getattr(first.attention, name)(x), getattr(second.attention, name)(x)) for name in "qkv"}
     for name, found in mixed.items():
         for y, one in zip(found, expected, strict=True):
-            torch.testing.assert_close(y, one[name], rtol=1e-5, atol=1e-5)
+            assert_near_by_rounding(y, one[name])
 
 
 def test_another_thread_takes_the_general_path(calls: list[int]) -> None:

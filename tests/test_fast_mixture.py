@@ -89,7 +89,7 @@ def test_results_are_those_of_plain_operations(
 ) -> None:
     """Odd and even widths, padded and equal ranks, several scalings and one."""
     calls = count_calls(monkeypatch)
-    for dtype, relative in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+    for dtype, relative in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
         layer = layer_in(dtype, gate, count, **sizes)
         x = tokens(3, 5, dtype=dtype)
         forms = [results(layer, x, mixture) for mixture in ("auto", "torch", "plain")]
@@ -385,7 +385,7 @@ def test_with_a_fresh_rotation_it_equals_stretching_alone() -> None:
         experts = experts_of(count, dtype=torch.float32)
         rotating, stretching = layer_of(experts, RadarGate), layer_of(experts, StretchGate)
         x = tokens(9, dtype=torch.float32)
-        assert_near(rotating(x), stretching(x), 1e-6, "output")
+        assert_near(rotating(x), stretching(x), 4e-6, "output")
         x = x.double()
         dense = expert_outputs(x, [Expert(a.double(), b.double(), s) for a, b, s in experts.values()])
         assert len(dense) == count

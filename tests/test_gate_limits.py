@@ -19,7 +19,7 @@ from radargate_pl.ops import dense_weights
 @pytest.mark.parametrize("renormalize", ["auto", "always", "never"])
 @pytest.mark.parametrize("top_k", [1, 2, COUNT])
 def test_q_zero_is_the_stretch_gate(scorer: str, renormalize: str, top_k: int) -> None:
-    """1e-6 relative between the path that lifts each expert and the one GEMM of pure weighted sums."""
+    """4e-6 relative between the path that lifts each expert and the one GEMM of pure weighted sums."""
     options = {"scorer": scorer, "renormalize": renormalize, "top_k": top_k}
     experts = experts_of(COUNT, dtype=torch.float32)
     radar, stretch = build(Case(RadarGate, options), experts), build(Case(StretchGate, options), experts)
@@ -28,7 +28,7 @@ def test_q_zero_is_the_stretch_gate(scorer: str, renormalize: str, top_k: int) -
     x = inputs(64, torch.float32)
     stretched, rotated = recorded(stretch, x), recorded(radar, x)
     assert torch.equal(stretched[1].weights, rotated[1].weights)
-    assert_near(rotated[0], stretched[0], 1e-6, "output")
+    assert_near(rotated[0], stretched[0], 4e-6, "output")
     # On the same path of mix, bit for bit: StretchGate sent through the lift by a rotation that returns its input.
     stretch.gate.rotation.acts_on_outputs = True
     stretch.mixture = radar.mixture = "plain"
@@ -47,7 +47,7 @@ def test_one_expert_is_never_rotated(angle_norm: str, dtype: torch.dtype, rank: 
     assert record.angles.abs().max() == 0
     stretch = build(Case(StretchGate, {"top_k": 1}), experts)
     stretch.gate.scorer.load_state_dict(layer.gate.scorer.state_dict())
-    assert_near(y, stretch(x), {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype], "output")
+    assert_near(y, stretch(x), {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 2**-6}[dtype], "output")
     y.float().sin().sum().backward()
     assert all(t.grad.isfinite().all() for t in (x, *layer.gate.parameters()))
 

@@ -190,7 +190,7 @@ def test_a_formula_that_never_ends_is_given_up_and_the_next_one_answered():
         first = verifier._process.pid
         begun = time.monotonic()
         assert verifier.ask("(10^9)!", "5") is None
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - begun < 60  # a second for the formula, the rest for a new process on a busy machine
         verifier.seconds = 60.0
         assert verifier.ask("1/2", "0.5") is True
         assert verifier._process.pid != first
