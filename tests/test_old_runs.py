@@ -38,7 +38,7 @@ def run(*words: str) -> None:
 
 
 def test_a_run_goes_on_where_it_stopped(home: Path) -> None:
-    """Its data order, moments, rate and cached tokens: every later loss and weight is what that version would have got."""
+    """Its data order, moments, rate and cached tokens: later losses and weights are those of that version."""
     tokens = {file.name: file.read_bytes() for file in (home / "cache/tokens").iterdir()}
     run("fit", "--config", "gate.yaml", "--ckpt_path", "auto")
     found, expected = losses(home / "runs/gate/metrics.csv"), losses(home / "expected/metrics.csv")
