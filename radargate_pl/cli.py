@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from radargate_pl import __version__
-from radargate_pl.config_sources import ConfigError
+from radargate_pl.config_places import ConfigError
 
 COMMANDS = ("fit", "validate", "test", "predict")
 # Commands that train nothing: each is a program of its own, with its own --help.

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
+from radargate_pl.config_places import ConfigError, Located, shortened
 from radargate_pl.config_schema import (
     Schema,
     class_options,
@@ -13,9 +14,12 @@ from radargate_pl.config_schema import (
     find_class,
     leaf_problem,
     nearest,
+    number_key,
     options_of,
+    takes_number_keys,
+    unfilled_variable,
 )
-from radargate_pl.config_sources import SPEC_KEYS, ConfigError, Located
+from radargate_pl.config_sources import SPEC_KEYS
 
 
 class ConfigCheck:
@@ -68,7 +72,7 @@ class ConfigCheck:
     def _group(self, schema: Schema, node: Located, path: str) -> None:
         if not isinstance(node.value, dict):
             if node.value is not None:
-                self._complain(node, path, f"expected keys of {schema.title}, found {node.plain()!r}")
+                self._complain(node, path, f"expected keys of {schema.title}, found {node.shown()}")
             return
         for key, child in node.value.items():
             inner = f"{path}.{key}" if path else str(key)
@@ -103,6 +107,10 @@ class ConfigCheck:
                 for index, child in enumerate(node.value):
                     self._class(elements, child, f"{path}.{index}", None)
                 return
+        problem = _not_as_written(typehint, node, path)
+        if problem is not None:
+            self._complain(node, path, problem)
+            return
         if node.from_command_line and isinstance(node.value, dict):
             return  # --trainer.callbacks.monitor changes the callback added last; jsonargparse knows which
         problem = leaf_problem(typehint, node) if node.value is not None or not node.from_command_line else None
@@ -147,7 +155,7 @@ class ConfigCheck:
         found: Any = None
         try:
             if not isinstance(name.value, str):
-                raise ValueError(f"class_path: expected the name of a class, found {name.plain()!r}.")
+                raise ValueError(f"class_path: expected the name of a class, found {name.shown()}.")
             found = find_class(name.value, [base for base, _ in classes])
         except ValueError as error:
             self._complain(name, path, str(error))
@@ -159,6 +167,21 @@ def _element_classes(typehint: Any) -> list[tuple[type, int]]:
     """The classes a list type holds; none for other types."""
     arguments = typing.get_args(typehint)
     return list(class_options(arguments[0])) if len(arguments) == 1 else []
+
+
+def _not_as_written(typehint: Any, node: Located, path: str) -> str | None:
+    """What stands in the value and is read otherwise than it looks: names that are numbers, variables of a shell."""
+    number = None if takes_number_keys(typehint) else number_key(node)
+    if number is not None:
+        return f"the key {number} is a number; as a name write it in quotes: '{number}'"
+    variable = None if "prompt" in path else unfilled_variable(node)
+    if variable is not None:
+        value = shortened(str(node.plain()), 60)
+        return (
+            f"{variable} is not filled in here; give the value on the command line in double quotes, where the shell "
+            f'does it: --{_short(path)} "{value}"'
+        )
+    return None
 
 
 def _short(path: str) -> str:

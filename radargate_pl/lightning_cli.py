@@ -21,19 +21,10 @@ from radargate_pl.class_help import LINKS
 from radargate_pl.cli import COMMANDS, PROGRAMS
 from radargate_pl.config_classes import own_defaults
 from radargate_pl.config_errors import ConfigCheck
+from radargate_pl.config_places import COMMAND_LINE, ConfigError, Located
 from radargate_pl.config_schema import nearest, parser_schema
-from radargate_pl.config_sources import (
-    COMMAND_LINE,
-    CommandLine,
-    ConfigError,
-    Located,
-    drop_replaced,
-    find_config,
-    merge,
-    read_command_line,
-    read_yaml,
-    setting_tree,
-)
+from radargate_pl.config_sources import CommandLine, drop_replaced, find_config, merge, read_command_line, setting_tree
+from radargate_pl.config_yaml import read_yaml
 from radargate_pl.fitting_prompts import FittingPrompts
 from radargate_pl.module import AdaptedLM
 from radargate_pl.networks import GatedNetwork
@@ -154,7 +145,10 @@ class RadarGateCLI(LightningCLI):
             prompts.read(merged)
         for key, text in line.settings:
             if key != "print_config":
-                check.read(setting_tree(key, text))
+                try:
+                    check.read(setting_tree(key, text))
+                except ConfigError as error:
+                    check.mistakes.extend(error.mistakes)
         if is_complete:
             check.require_all()
         check.raise_mistakes()
