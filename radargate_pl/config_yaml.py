@@ -57,7 +57,7 @@ _Loader.add_implicit_resolver(
 
 
 def _place(name: str, item: yaml.Node | yaml.Event) -> str:
-    return name if name == COMMAND_LINE else f"{name}:{item.start_mark.line + 1}"
+    return name if name == COMMAND_LINE or item.start_mark is None else f"{name}:{item.start_mark.line + 1}"
 
 
 def _too_much(nodes: int) -> str:
@@ -183,7 +183,7 @@ class _Reading:
             return Located(None, where)
         self._open.append(id(node))
         value: Any
-        if isinstance(node, yaml.SequenceNode):
+        if not isinstance(node, yaml.MappingNode):
             value = [self.locate(child) for child in node.value]
         else:
             value = {}
