@@ -34,7 +34,7 @@ class ResultWriter(Callback):
         folder = Path(trainer.default_root_dir)
         trained = network.trainable_state()
         if any(".gate." in name for name in trained):
-            encoder = getattr(trainer.datamodule, "encoder", None)
+            encoder = getattr(getattr(trainer, "datamodule", None), "encoder", None)
             if encoder is not None:  # the gate folder names what closed the answers, and the day of the prompts
                 network.answer_end, network.prompt_date = encoder.answer_end(), encoder.prompt_date()
             network.save_pretrained(folder / "gate")
