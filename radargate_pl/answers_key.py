@@ -94,10 +94,16 @@ def answers_key(network: GatedNetwork, data: Any, task: str, precision: str) -> 
         "precision": precision,
         "task": task_settings(data, task),
         "asked": asked.hexdigest(),
-        "end": network.backbone.generation_config.eos_token_id,
+        "end": _end_of(network),
         "rules": RULES,
     }
     if judge := judge_of(data.benchmarks[task].answer_format):
         facts["judge"] = judge
     text = json.dumps(facts, sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _end_of(network: GatedNetwork) -> Any:
+    """Ids that end an answer; of a network whose parts name one and the same, in the form that older keys have."""
+    own = network.backbone.generation_config.eos_token_id
+    return own if {*network.end_ids} == {*(own if isinstance(own, list) else [own])} else list(network.end_ids)

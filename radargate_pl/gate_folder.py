@@ -118,6 +118,7 @@ def load_gate(
         raise
     check_fingerprints(config["fingerprints"], without_new_experts(network.fingerprints, add_experts or {}))
     saved = read_gate_tensors(folder)
+    network.answer_end, network.prompt_date = config.get("answer_end"), config.get("prompt_date")
     network.load_gate_state(with_new_rows(saved, network.gate_state()) if add_experts else saved)
     return network.eval()
 
@@ -203,6 +204,8 @@ def _config(network: "GatedNetwork", folder: Path) -> dict[str, Any]:
         "combine": network.combine,
         "quantization": network.quantization,
         "decoder_start": network.decoder_start,
+        "answer_end": network.answer_end,
+        "prompt_date": network.prompt_date,
         "backbone": _seen_from(folder, Path(network.backbone_source).expanduser()),
         "experts": {name: where.get(name, f"{EXPERTS}/{name}") for name in network.experts},
     }
@@ -247,6 +250,7 @@ def _expert_folders(folder: Path, experts: dict[str, str]) -> dict[str, str]:
 
 def _card(config: dict[str, Any]) -> str:
     experts = "\n".join(f"* `{name}`: `{value}`" for name, value in config["fingerprints"]["experts"].items())
+    end = f"`{config['answer_end']}`" if config["answer_end"] else "the tokenizer's end token"
     return f"""# {config["gate_line"]}
 
 A gate over {len(config["experts"])} LoRA experts, made with radargate-pl {config["radargate_version"]}.
@@ -258,6 +262,8 @@ network = GatedNetwork.from_pretrained("this folder")  # backbone= and experts= 
 ```
 
 Backbone: `{config["backbone"]}` (`{config["fingerprints"]["backbone"]}`)
+
+Answers end with: {end}
 
 Experts, in order:
 

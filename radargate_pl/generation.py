@@ -59,7 +59,7 @@ def generate_texts(
         max_new_tokens=max_new_tokens,
         **{"stopping_criteria": [ends]} if stop else {},
     )
-    end_tokens = _end_tokens(network)
+    end_tokens = set(network.end_ids)
     texts = []
     for ids, end in zip(new.tolist(), ends.lengths, strict=True):
         length = next((place + 1 for place, token in enumerate(ids) if token in end_tokens), len(ids))
@@ -117,9 +117,3 @@ class RowEnds:
 
     def _holds_stop(self, text: str) -> bool:
         return any(string in text for string in self._stop)
-
-
-def _end_tokens(network: GatedNetwork) -> set[int]:
-    """Ids that end a generation, as `generate` itself takes them."""
-    ids = network.backbone.generation_config.eos_token_id
-    return set() if ids is None else set(ids) if isinstance(ids, list) else {int(ids)}

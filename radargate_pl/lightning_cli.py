@@ -26,6 +26,7 @@ from radargate_pl.config_schema import nearest, parser_schema
 from radargate_pl.config_sources import CommandLine, drop_replaced, find_config, merge, read_command_line, setting_tree
 from radargate_pl.config_yaml import read_yaml
 from radargate_pl.fitting_prompts import FittingPrompts
+from radargate_pl.kept_settings import keep_settings
 from radargate_pl.module import AdaptedLM
 from radargate_pl.networks import GatedNetwork
 from radargate_pl.run_callbacks import LoadGateFolder, NameTrainedExperts, StoreConfig, plain_config
@@ -165,6 +166,7 @@ class RadarGateCLI(LightningCLI):
         self._asked = config.get("ckpt_path")
         self._checkpoint = resolve_checkpoint(str(self._asked), folder, self.config.subcommand) if self._asked else None
         config.ckpt_path = None
+        keep_settings(config, self._checkpoint)
         if self._checkpoint is not None and is_gate_folder(self._checkpoint):
             self.trainer_defaults["callbacks"] = [LoadGateFolder(self._checkpoint)]
         elif self._checkpoint is not None:

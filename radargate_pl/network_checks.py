@@ -4,9 +4,11 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from radargate_pl.chat_template import control_tokens, turn_end
 from radargate_pl.gates import Context, TaskGate
 from radargate_pl.moe import MoELinear
 from radargate_pl.new_experts import NewExperts
@@ -48,12 +50,40 @@ def check_arguments(experts: Any, new_experts: NewExperts | None, train: str, dr
     return new_experts
 
 
-def check_backbone(model: PreTrainedModel) -> None:
-    """Refuse a model whose labelled positions cannot be had.
+def _check_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose padding or end has no row in the embedding: torch would say "index out of range"."""
+    embedding: Any = model.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])
+    named = {
+        "pad_token": tokenizer.pad_token_id,
+        "eos_token": tokenizer.eos_token_id,
+        "bos_token": tokenizer.bos_token_id,
+    }
+    named["end of a turn"] = turn_end(tokenizer)
+    beyond = [f"{name} is {number}" for name, number in named.items() if number is not None and number >= rows]
+    if beyond:
+        raise ValueError(
+            f"Expected the tokenizer of the backbone to use ids below {rows}, the rows of its embedding, but "
+            f"{', '.join(beyond)}. Set another token in tokenizer_config.json (pad_token may be the end token), or "
+            "give the model an embedding of that size (resize_token_embeddings) and save it."
+        )
+    more = sorted(text for text, number in control_tokens(tokenizer).items() if number >= rows)
+    if more:
+        shown = ", ".join(more[:5]) + (f" and {len(more) - 5} more" if len(more) > 5 else "")
+        rank_zero_warn(f"The embedding has {rows} rows and none for {shown}; a text must not hold these.")
+
+
+def check_backbone(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse a model whose labelled positions cannot be had, or whose tokenizer names tokens it does not have.
+
+    Args:
+        model: the backbone.
+        tokenizer: its tokenizer.
 
     Raises:
         ValueError: naming the model's class and what it lacks.
     """
+    _check_special_tokens(model, tokenizer)
     kind = type(model).__name__
     if model.get_output_embeddings() is None:
         raise ValueError(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from radargate_pl.adapters import load_adapters
 from radargate_pl.backbones import load_backbone
 from radargate_pl.block_recomputation import recompute_blocks
+from radargate_pl.chat_template import end_tokens, with_configured
 from radargate_pl.decoder_start import decoder_inputs, first_ids, start_ids
 from radargate_pl.execution import AppliedExecution, Execution
 from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
@@ -59,6 +60,8 @@ class GatedNetwork(nn.Module):
     Attributes:
         experts: names of all experts; the position is the expert's id.
         expert_of_task: task name to the id of its expert, -1 for none.
+        answer_end: token that closed the answers the gate was fitted on; ``None`` where nobody said.
+        prompt_date: day that prompts of the fit were dated, ``None`` where they have no date.
         start_ids: token ids that every answer of an encoder-decoder backbone begins behind; none for a causal one.
         layers: path inside the backbone to its mixture layer.
         fingerprints: {"backbone": ..., "experts": {name: ...}} of the files, before any cast.
@@ -67,6 +70,9 @@ class GatedNetwork(nn.Module):
     Raises:
         ValueError: for arguments that do not fit together, and for everything wrong with backbone and experts.
     """
+
+    answer_end: str | None = None
+    prompt_date: str | None = None
 
     def __init__(  # noqa: PLR0913  flat, because these are what a user types
         self,
@@ -89,11 +95,11 @@ class GatedNetwork(nn.Module):
         super().__init__()
         new_experts = check_arguments(experts, new_experts, train, dropout)
         loaded = load_backbone(backbone, dtype, quantization)
-        check_backbone(loaded.model)
+        check_backbone(loaded.model, loaded.tokenizer)
         self.backbone, self.tokenizer = loaded.model, loaded.tokenizer
         self.is_encoder_decoder = bool(loaded.model.config.is_encoder_decoder)
-        self.start_ids = start_ids(loaded.model, loaded.tokenizer, decoder_start)
-        self._takes_position_ids = takes_position_ids(loaded.model)
+        start, self._own_ends = start_ids(loaded.model, loaded.tokenizer, decoder_start), end_tokens(loaded.tokenizer)
+        self.start_ids, self._takes_position_ids = start, takes_position_ids(loaded.model)
         self.backbone_source, self.quantization, self.decoder_start = backbone, quantization, list(decoder_start)
         self.combine, self.train_part, self.new_experts = combine, train, new_experts
         self.adapters = load_adapters(experts, loaded.model, backbone_fingerprint=loaded.fingerprint) if experts else []
@@ -178,7 +184,10 @@ class GatedNetwork(nn.Module):
         Returns:
             The newly generated ids only, (rows, new tokens) int64.
         """
-        begin = {"pad_token_id": self.tokenizer.pad_token_id, **first_ids(self.start_ids, input_ids)}
+        begin: dict[str, Any] = {}
+        if "generation_config" not in generation_kwargs:
+            begin["eos_token_id"] = list(self.end_ids) or None
+        begin |= {"pad_token_id": self.tokenizer.pad_token_id, **first_ids(self.start_ids, input_ids)}
         options = {**begin, **with_plain_greedy(generation_kwargs)}
         start = prompt_length(input_ids, self.is_encoder_decoder, options)
         self._replace_context(input_ids, expert)
@@ -217,6 +226,11 @@ class GatedNetwork(nn.Module):
         """
         self._checkpointed = recompute_blocks(self.backbone, gradient_checkpointing_kwargs or {})
         self.train(self.training)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Token ids at which a generation stops: the tokenizer's end, the chat template's, the model's own setting."""
+        return with_configured(self._own_ends, self.backbone.generation_config.eos_token_id)
 
     @property
     def recomputes_blocks(self) -> bool:

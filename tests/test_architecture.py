@@ -62,6 +62,7 @@ LAYERS = {
             "joining_experts",
             "fixed_compositions",
             "decoder_start",
+            "chat_template",
             "greedy",
         ),
     },
@@ -77,7 +78,7 @@ LAYERS = {
     },
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
-        *("class_help", "fitting_prompts", "config_places", "config_yaml"),
+        *("class_help", "fitting_prompts", "kept_settings", "config_places", "config_yaml"),
         *("domain_command", "doctor", "doctor_checks", "harness", "harness_model"),
         *("score_command", "score_references", "predictions"),
         *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),

@@ -21,6 +21,7 @@ from tiny_models import (
     write_expert,
 )
 
+from radargate_pl.backbones import load_tokenizer
 from radargate_pl.expert_banks import experts_of_tasks
 from radargate_pl.gates import FixedGate, RadarGate, StretchGate, TaskGate
 from radargate_pl.network_checks import check_backbone
@@ -213,7 +214,7 @@ def test_models_that_cannot_be_used_are_refused_by_name():
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     model = transformers.LlamaModel(transformers.LlamaConfig(**sizes))
     with pytest.raises(ValueError, match=r"output embeddings .* but LlamaModel has none"):
-        check_backbone(model)
+        check_backbone(model, load_tokenizer("debug-tiny"))
 
 
 def test_whose_expert_a_task_has():

@@ -34,6 +34,9 @@ class ResultWriter(Callback):
         folder = Path(trainer.default_root_dir)
         trained = network.trainable_state()
         if any(".gate." in name for name in trained):
+            encoder = getattr(getattr(trainer, "datamodule", None), "encoder", None)
+            if encoder is not None:  # the gate folder names what closed the answers, and the day of the prompts
+                network.answer_end, network.prompt_date = encoder.answer_end(), encoder.prompt_date()
             network.save_pretrained(folder / "gate")
         if any(".bank." in name for name in trained):
             network.save_experts(folder / "experts")

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from radargate_pl.benchmarks import PROTOCOLS, Benchmark, Protocol
+from radargate_pl.chat_template import checked_date
 from radargate_pl.data.benchmark_encoding import AskedAs, Request, RequestEncoder
 from radargate_pl.data.benchmark_fields import Fields
 from radargate_pl.data.benchmark_files import BenchmarkSource, find_benchmarks, read_fields
@@ -43,6 +44,8 @@ class BenchmarkData(LightningDataModule):
         fitting_prompt: The `prompt` of the `FlanMixture` that the model was fitted on. `radargate test` takes it from
             the config of the run. When null, the source and a line with `Answer:`.
         fitting_special_tokens: The `special_tokens` of that `FlanMixture`.
+        date: The day that a chat template prints, as 2026-11-30. When null, that of the run whose weights are tested,
+            else today's.
         batch_size: Rows a batch; ranking has a row for every choice of an example.
         max_length: Tokens of prompt and answer together. A longer prompt loses its middle, an answer nothing.
         max_new_tokens: Longest generated answer, in tokens; that of each task when null.
@@ -71,6 +74,7 @@ class BenchmarkData(LightningDataModule):
         special_tokens: bool = True,
         fitting_prompt: str | None = None,
         fitting_special_tokens: bool = True,
+        date: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -88,7 +92,7 @@ class BenchmarkData(LightningDataModule):
         if protocol not in ("standard", *PROTOCOLS):
             raise ValueError(f"Expected protocol to be standard, ranking or generation, but got {protocol!r}.")
         self.sources = find_benchmarks(tasks, root)
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name, self.date = tokenizer, checked_date(date)
         self.limit = limit
         self.num_fewshot = num_fewshot
         self.protocol = protocol
@@ -156,7 +160,7 @@ class BenchmarkData(LightningDataModule):
         """Turns the items of a benchmark into token ids."""
         asked, (tokenizer, is_encoder_decoder) = self.asked_as(benchmark), self.backbone
         if asked not in self._encoders:
-            self._encoders[asked] = RequestEncoder(tokenizer, asked, self.max_length, is_encoder_decoder)
+            self._encoders[asked] = RequestEncoder(tokenizer, asked, self.max_length, is_encoder_decoder, self.date)
         return self._encoders[asked]
 
     def prepare_data(self) -> None:

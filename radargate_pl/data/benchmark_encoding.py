@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from radargate_pl.data.benchmark_items import Item, gap
-from radargate_pl.data.prompts import PromptFormat, answer_ids, prompt_ids, without_middle
+from radargate_pl.data.prompts import PromptFormat
 from radargate_pl.data.records import BadRecords
+from radargate_pl.data.token_ids import answer_ids, prompt_ids, without_middle
 
 
 class AskedAs(NamedTuple):
@@ -67,14 +68,20 @@ class RequestEncoder:
         asked: How the task is put. What is not as in a fit is plain where the tokenizer has no chat template.
         max_length: Tokens of prompt and answer together; of each of the two for an encoder-decoder backbone.
         is_encoder_decoder: Whether the backbone is one.
+        date: The day a chat template prints, as 2026-11-30; today's for None.
     """
 
     def __init__(
-        self, tokenizer: Any, asked: AskedAs = PLAIN, max_length: int = 2048, is_encoder_decoder: bool = False
+        self,
+        tokenizer: Any,
+        asked: AskedAs = PLAIN,
+        max_length: int = 2048,
+        is_encoder_decoder: bool = False,
+        date: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.asked = asked
-        self.format = PromptFormat(asked.prompt or "plain", tokenizer, is_encoder_decoder)
+        self.format = PromptFormat(asked.prompt or "plain", tokenizer, is_encoder_decoder, date)
         self.in_chat = self.format.uses_chat_template
         is_template = asked.prompt not in (None, "plain", "chat")
         self._is_framed = self.in_chat or is_template or asked.as_in_fit

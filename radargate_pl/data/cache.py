@@ -1,22 +1,27 @@
 """Tokenised records on disk, found again by content: nothing is pickled, a write is whole or absent."""
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from radargate_pl.cache_folder import cache_folder
+from radargate_pl.cache_folder import cache_folder, make_shared_folder, umask
 from radargate_pl.data.records import Record
 
 FORMAT_VERSION = 1
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)  # another user's folder, or a disk that is read only
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,17 @@ def pack(prompts: Sequence[list[int]], answers: Sequence[list[int]], kept: list[
     )
 
 
+def joined(pieces: Sequence[Encoded]) -> Encoded:
+    """Token ids of several pieces of one list of records, one after the other; `kept` counts in the whole list."""
+    if not pieces:
+        return pack([], [], [], [])
+    together = {field.name: [getattr(piece, field.name) for piece in pieces] for field in fields(Encoded)}
+    for ends, tokens in (("prompt_ends", "prompts"), ("answer_ends", "answers")):
+        before = np.cumsum([0, *(len(piece) for piece in together[tokens][:-1])])
+        together[ends] = [piece + start for piece, start in zip(together[ends], before, strict=True)]
+    return Encoded(**{name: np.concatenate(parts) for name, parts in together.items()})
+
+
 def content_key(records: Sequence[Record], encoder_key: str) -> str:
     """SHA-256 of everything that token ids depend on: the texts, and the encoder's own key.
 
@@ -79,29 +95,56 @@ def content_key(records: Sequence[Record], encoder_key: str) -> str:
 
 
 def read_encoded(key: str) -> Encoded | None:
-    """The entry of `key`, or None when there is none. A damaged entry counts as none and is written anew."""
+    """The entry of `key`, or None when there is none.
+
+    A damaged entry counts as none and is written anew. One that cannot be read is another user's: it counts as none,
+    and stays.
+    """
     path = _path(key)
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         arrays = load_file(path)
         return Encoded(**{field.name: arrays[field.name] for field in fields(Encoded)})
-    except (SafetensorError, OSError, KeyError):
-        path.unlink(missing_ok=True)
+    except OSError:
+        return None
+    except (SafetensorError, KeyError):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return None
 
 
-def write_encoded(key: str, encoded: Encoded) -> None:
-    """Write the entry of `key`: first beside it, then renamed, so that readers see a whole file or none."""
+def write_encoded(key: str, encoded: Encoded) -> bool:
+    """Write the entry of `key`: first beside it, then renamed, so that readers see a whole file or none.
+
+    Returns:
+        Whether it could be written; if not, one warning says so for all entries.
+    """
     path = _path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{key[:16]}-", suffix=".tmp")
+    try:
+        make_shared_folder(path.parent)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{key[:16]}-", suffix=".tmp")
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        _say_not_writable(str(path.parent), str(error))
+        return False
     os.close(handle)
     try:
         save_file({field.name: getattr(encoded, field.name) for field in fields(Encoded)}, name)
+        Path(name).chmod(0o666 & ~umask())  # mkstemp makes files that only this user can read
         Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
+    return True
+
+
+@lru_cache
+def _say_not_writable(folder: str, problem: str) -> None:
+    rank_zero_warn(
+        f"Token ids could not be written into {folder} ({problem}) and are kept in memory: every process and every run "
+        "tokenises anew. RADARGATE_CACHE names another folder."
+    )
 
 
 def _path(key: str) -> Path:

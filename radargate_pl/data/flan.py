@@ -1,7 +1,6 @@
 """FlanMixture: a mixture of tasks as a LightningDataModule."""
 
 import os
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,8 +8,10 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Subset
 
-from radargate_pl.data.cache import Encoded, content_key, read_encoded, write_encoded
+from radargate_pl.chat_template import checked_date
+from radargate_pl.data.cache import Encoded
 from radargate_pl.data.examples import Collator, EncodedTask, Example, ExampleSet
+from radargate_pl.data.expert_owner import owner_of
 from radargate_pl.data.inputs import NAMES_ONLY, OwnPrompt, input_loader, shared_inputs
 from radargate_pl.data.length_windows import LengthWindows, checked_window
 from radargate_pl.data.library import Limits, Task, read_tasks, set_categories
@@ -20,6 +21,7 @@ from radargate_pl.data.prompts import RecordEncoder
 from radargate_pl.data.records import SPLITS, BadRecords, Split
 from radargate_pl.data.resumable_loader import MixtureBatches, ResumableLoader
 from radargate_pl.data.sources import Tasks, expand
+from radargate_pl.data.tokenised_tasks import TokenisedTasks, contents_of, encoding_facts
 from radargate_pl.data.workers import leave_signals_to_the_main_process
 
 DEFAULT_SEED = 42
@@ -57,6 +59,10 @@ class FlanMixture(LightningDataModule):
         category_of: Categories of tasks, `{task: category}`, where what the records or folders say is not wanted.
         special_tokens: Whether prompts get the tokenizer's own special tokens (never with a chat template); false where
             the template in `prompt` writes them, such as the language tokens of multilingual models.
+        date: The day that a chat template prints, as 2026-11-30. When null, that of the run that goes on or is
+            evaluated, and today's in a new one.
+        answer_end: `template`: an answer ends as the chat template ends a turn; `eos`: with the tokenizer's end token.
+            When null, that of the run that goes on or is evaluated, and `template` in a new one.
         inputs: Prompts of your own that `predict` answers instead: JSON lines without answers, a `.txt` file with one
             prompt a line, or `-` for standard input.
     """
@@ -82,8 +88,11 @@ class FlanMixture(LightningDataModule):
         category_of: dict[str, str] | None = None,
         special_tokens: bool = True,
         inputs: str | None = None,
+        date: str | None = None,
+        answer_end: Literal["template", "eos"] | None = None,
     ) -> None:
         super().__init__()
+        self.date, self.answer_end = checked_date(date), answer_end or "template"
         self.special_tokens, self.inputs = special_tokens, inputs
         limits = (max_examples, validation_examples, test_examples) if inputs is None else NAMES_ONLY
         self.limits = Limits(*limits)
@@ -99,6 +108,7 @@ class FlanMixture(LightningDataModule):
         self.own_prompts: list[OwnPrompt] = []
         self._tasks: list[Task] | None = None
         self._encoder: RecordEncoder | None = None
+        self._tokenised: TokenisedTasks | None = None
 
     @property
     def tasks(self) -> list[Task]:
@@ -132,8 +142,17 @@ class FlanMixture(LightningDataModule):
                 self.max_length,
                 is_encoder_decoder(self.tokenizer_name),
                 self.special_tokens,
+                self.date,
+                self.answer_end,
             )
         return self._encoder
+
+    @property
+    def tokenised(self) -> TokenisedTasks:
+        """The tasks as token ids, in the cache or in memory."""
+        if self._tokenised is None:
+            self._tokenised = TokenisedTasks(self.encoder, self.bad_records)
+        return self._tokenised
 
     def prepare_data(self) -> None:
         """Read and tokenise every task once into the cache; Lightning calls this on one process.
@@ -143,16 +162,7 @@ class FlanMixture(LightningDataModule):
         """
         if self.inputs is not None:
             return
-        encoder_key = self.encoder.key()
-        new: dict[str, Encoded] = {}
-        for task in self.tasks:
-            for records in task.records.values():
-                key = content_key(records, encoder_key)
-                if read_encoded(key) is None:
-                    new[key] = self.encoder.encode(records, task.name, self.bad_records)
-        self.bad_records.raise_if_any()
-        for key, encoded in new.items():
-            write_encoded(key, encoded)
+        self.tokenised.prepare(self.tasks)
 
     def setup(self, stage: str) -> None:
         """Load the tokenised tasks.
@@ -166,13 +176,7 @@ class FlanMixture(LightningDataModule):
         if self.inputs is not None:
             self._read_inputs(stage)
             return
-        encoder_key = self.encoder.key()
-        for task in self.tasks:
-            for split, records in task.records.items():
-                encoded = read_encoded(content_key(records, encoder_key))
-                if encoded is None:
-                    raise ValueError("Expected prepare_data to have tokenised the tasks, but the cache lacks them.")
-                self.encoded[task.name, split] = encoded
+        self.encoded = {(task.name, split): self.tokenised.load(task, split) for task in self.tasks for split in SPLITS}
         if stage == "fit":
             self._check_trainable()
         for task in self.tasks:
@@ -221,9 +225,11 @@ class FlanMixture(LightningDataModule):
         """Batches of the mixture, padded on the right."""
         examples, sampler = self.examples("train"), self.train_sampler()
         is_sorted = self.length_window != 1
+        owner = owner_of(self.trainer, len(self.tasks), examples)
         windows = LengthWindows(self.length_window, examples.lengths(), sampler.seed) if is_sorted else None
-        batches = MixtureBatches(sampler, self.batch_size, *self._share(), self._owner_of(examples), windows)
-        return ResumableLoader(examples, batches, self.collator(), self.num_workers)
+        batches = MixtureBatches(sampler, self.batch_size, *self._share(), owner, windows)
+        contents = {"tasks": contents_of(self.encoded), "encoding": encoding_facts(self.encoder)}
+        return ResumableLoader(examples, batches, self.collator(), self.num_workers, contents)
 
     def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
         """Validation examples, padded on the right; an empty list without any."""
@@ -257,15 +263,6 @@ class FlanMixture(LightningDataModule):
     def _share(self) -> tuple[int, int]:
         """The number of this process, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _owner_of(self, examples: ExampleSet) -> Callable[[int], int] | None:
-        """Which process has an example, where each trains experts of its own; see `ExpertDivision`."""
-        division = getattr(self.trainer and self.trainer.strategy, "division", None)
-        if division is None:
-            return None
-        lm: Any = self.trainer and self.trainer.lightning_module
-        expert_of_task = lm.expert_ids(torch.arange(len(self.tasks))).tolist()
-        return lambda index: int(division.owner(expert_of_task[examples.task_of(index)]))
 
     def _loader(self, split: Split, prompts_only: bool = False) -> DataLoader[Example]:
         """This process's share of a split, every example once on some process; none is repeated to even them out."""

@@ -31,9 +31,11 @@ def _headline(data: "FlanMixture") -> str:
     prompt = data.prompt
     if prompt == "chat" and not encoder.format.uses_chat_template:
         prompt = "plain (the tokenizer has no chat template)"
+    day = f", prompts dated {encoder.prompt_date()}" if encoder.prompt_date() else ""
     return (
         f"FlanMixture: {len(data.tasks)} tasks, tokenizer {data.tokenizer_name} ({kind}), prompt {prompt!r}, "
-        f"target {data.target}, max_length {data.max_length}, mixing {data.mixing}"
+        f"target {data.target}, max_length {data.max_length}, mixing {data.mixing}, "
+        f"answers end with {encoder.answer_end()!r}{day}"
     )
 
 

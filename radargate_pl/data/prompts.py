@@ -2,14 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from radargate_pl.data.cache import Encoded, pack
-from radargate_pl.data.records import BadRecords, Record
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-GAP = " ... "  # stands for the middle that a long source loses
+from radargate_pl.chat_template import checked_date, control_tokens, end_token, prints_date, render_prompt
+from radargate_pl.data.cache import Encoded, joined, pack
+from radargate_pl.data.records import BadRecords, Record
+from radargate_pl.data.token_ids import GAP, answer_ids, bounded, holding, prompt_ids, without_middle
+
+PIECE = 1000  # records that are tokenised together: the tokenizer needs 100 bytes a token, of which 4 are kept
 SOURCE = "{source}"
 
 
@@ -45,14 +49,17 @@ class PromptFormat:
         prompt: `chat`, `plain` or a template.
         tokenizer: A Hugging Face tokenizer.
         is_encoder_decoder: Whether the answer has a sequence of its own.
+        date: The day a chat template prints, as 2026-11-30; today's for None.
     """
 
     prompt: str
     tokenizer: Any
     is_encoder_decoder: bool = False
+    date: str | None = None
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
+        object.__setattr__(self, "date", checked_date(self.date))  # one day for every prompt, also after midnight
 
     @property
     def uses_chat_template(self) -> bool:
@@ -62,8 +69,7 @@ class PromptFormat:
     def render(self, source: str) -> str:
         """The prompt of `source` as text."""
         if self.uses_chat_template:
-            turns = [{"role": "user", "content": source}]
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            return render_prompt(self.tokenizer, source, str(self.date))
         if self.prompt in ("chat", "plain"):
             return source if self.is_encoder_decoder else source + "\n"
         # Not str.format: sources and templates may hold other braces.
@@ -82,7 +88,7 @@ class RecordEncoder:
     """Encodes records as prompt ids and answer ids.
 
     Prompt and answer are tokenised apart, as generation does, so the border between them is exact. The answer ends
-    with the end token. Where both do not fit into `max_length`, the source loses its middle, the answer never.
+    with one token (`end`). Where both do not fit into `max_length`, the source loses its middle, the answer never.
 
     Args:
         tokenizer: A Hugging Face tokenizer with an end token.
@@ -92,6 +98,12 @@ class RecordEncoder:
         is_encoder_decoder: Whether the backbone is one.
         special_tokens: Whether prompts get the tokenizer's own special tokens. A chat template writes them itself;
             false where a template of the user's own does.
+        date: The day a chat template prints, as 2026-11-30; today's for None.
+        answer_end: `template` closes an answer with what the chat template closes a turn with, where prompts are
+            rendered by one; `eos` with the tokenizer's end token always.
+
+    Attributes:
+        end: Id of the token that closes an answer.
     """
 
     def __init__(
@@ -102,26 +114,48 @@ class RecordEncoder:
         max_length: int = 512,
         is_encoder_decoder: bool = False,
         special_tokens: bool = True,
+        date: str | None = None,
+        answer_end: Literal["template", "eos"] = "template",
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("Expected the tokenizer to have an end token (eos_token), but it has none.")
         if target not in ("answer", "rationale"):
             raise ValueError(f"Expected target to be answer or rationale, but got {target!r}.")
         self.tokenizer = tokenizer
-        self.format = PromptFormat(prompt, tokenizer, is_encoder_decoder)
+        self.format = PromptFormat(prompt, tokenizer, is_encoder_decoder, date)
+        self.end = end_token(tokenizer, self.format.uses_chat_template and answer_end == "template")
         self.target = target
         self.max_length = max_length
         self.is_encoder_decoder = is_encoder_decoder
         self.special_tokens = special_tokens and not self.format.uses_chat_template
+        self._say_two_starts()
+
+    def _say_two_starts(self) -> None:
+        start, text = self.tokenizer.bos_token_id, self.format.render("")
+        if self.special_tokens and start is not None and self._prompt_ids([text])[0][:2] == [start, start]:
+            rank_zero_warn(
+                f"prompts begin with two {self.tokenizer.bos_token}: one of the template in prompt, one that the "
+                "tokenizer adds. special_tokens: false leaves the second out."
+            )
+
+    def answer_end(self) -> str:
+        """The token that closes an answer, as text."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.end))
+
+    def prompt_date(self) -> str | None:
+        """The day that prompts are dated, or None where the chat template prints none."""
+        return self.format.date if self.format.uses_chat_template and prints_date(self.tokenizer) else None
 
     def key(self) -> str:
         """Hash of everything but the records that token ids depend on."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-        parts = [words, tokenizer.chat_template, tokenizer.eos_token_id, type(tokenizer).__name__]
+        parts = [words, tokenizer.chat_template, self.end, type(tokenizer).__name__]
         parts += [repr(sorted(tokenizer.init_kwargs.items(), key=str)) if backend is None else ""]
         parts += [self.format.prompt, self.target, self.max_length, self.is_encoder_decoder, self.special_tokens, GAP]
+        # What the template makes of a source: the day, and tokens that it prints by name, are not in its text.
+        parts += [self.format.render("")] if self.format.uses_chat_template else []
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def encode(self, records: Sequence[Record], task: str, bad_records: BadRecords) -> Encoded:
@@ -132,21 +166,29 @@ class RecordEncoder:
             task: The task's name, for messages.
             bad_records: Receives what cannot be encoded.
         """
-        prompts = self._prompt_ids([self.format.render(record.source) for record in records])
-        answers = self._answer_ids([answer_text(record, self.target) for record in records])
+        self._say_control_tokens(records, task)
+        pieces = range(0, len(records), PIECE)
+        return joined([self._encode_piece(records[i : i + PIECE], i, task, bad_records) for i in pieces])
+
+    def _encode_piece(self, records: Sequence[Record], first: int, task: str, bad_records: BadRecords) -> Encoded:
+        sources = [bounded(record.source, self.max_length) for record in records]
+        texts = [answer_text(record, self.target) for record in records]
+        prompts = self._prompt_ids([self.format.render(source) for source in sources])
+        answers = self._answer_ids([bounded(text, self.max_length) for text in texts])
         kept: list[int] = []
         truncated: list[bool] = []
         for number, record in enumerate(records):
             room = self.max_length - (0 if self.is_encoder_decoder else len(answers[number]))
-            fits = len(prompts[number]) <= room
+            fits = len(prompts[number]) <= room and sources[number] is record.source
             if not fits:
-                prompts[number] = self._shortened(record.source, room)[0]
+                prompts[number] = self._shortened(sources[number], room)[0]
             if not prompts[number] or len(answers[number]) > self.max_length:
                 bad_records.add(task, record.where, self._too_long(len(answers[number])))
                 continue
-            kept.append(number)
+            kept.append(first + number)
             truncated.append(not fits)
-        return pack([prompts[i] for i in kept], [answers[i] for i in kept], kept, truncated)
+        places = [i - first for i in kept]
+        return pack([prompts[i] for i in places], [answers[i] for i in places], kept, truncated)
 
     def prompt(self, source: str) -> EncodedPrompt:
         """The prompt of a source whose answer is not known; a causal model's leaves room for an end token.
@@ -155,9 +197,10 @@ class RecordEncoder:
             source: The question; a source too long for `max_length` loses its middle. No ids where even that fails.
         """
         room = self.max_length - (0 if self.is_encoder_decoder else 1)
+        whole, source = source, bounded(source, self.max_length)
         text = self.format.render(source)
         ids = self._prompt_ids([text])[0]
-        fits = len(ids) <= room
+        fits = len(ids) <= room and source is whole
         return EncodedPrompt(ids, text, False) if fits else EncodedPrompt(*self._shortened(source, room), True)
 
     def _shortened(self, source: str, room: int) -> tuple[list[int], str]:
@@ -168,6 +211,14 @@ class RecordEncoder:
 
         text = without_middle(source, lambda shorter: len(prompt(shorter)) <= room)
         return ([], "") if text is None else (prompt(text), self.format.render(text))
+
+    def _say_control_tokens(self, records: Sequence[Record], task: str) -> None:
+        held = holding([record.source for record in records], control_tokens(self.tokenizer))
+        if held:
+            rank_zero_warn(
+                f"task {task}: {len(held)} sources hold text that the tokenizer reads as a control token, the first in "
+                f"{records[held[0]].where}. Prompts keep it as that token; write it otherwise if it is meant as text."
+            )
 
     def _too_long(self, answer_length: int) -> str:
         if self.is_encoder_decoder:
@@ -183,65 +234,4 @@ class RecordEncoder:
 
     def _answer_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of the answers alone and the end token: what comes first is the decoder's (`decoder_start`)."""
-        end = self.tokenizer.eos_token_id
-        return [[*row, end] for row in answer_ids(self.tokenizer, texts, self.is_encoder_decoder)]
-
-
-def without_middle(text: str, fits: Callable[[str], bool]) -> str | None:
-    """As much of both ends of a text as fits, with a gap between them; None if not even the gap does.
-
-    Args:
-        text: The text.
-        fits: Whether a text is short enough.
-    """
-    best = None
-    low, high = 0, len(text)
-    while low <= high:
-        keep = (low + high) // 2
-        # A character more is a token more, nearly always; whatever is kept was measured, so a bend in the search costs
-        # a few characters and never exceeds the room.
-        shorter = text[: keep - keep // 2] + GAP + text[len(text) - keep // 2 :]
-        if fits(shorter):
-            best, low = shorter, keep + 1
-        else:
-            high = keep - 1
-    return best
-
-
-def prompt_ids(tokenizer: Any, texts: list[str], special: bool, is_encoder_decoder: bool = False) -> list[list[int]]:
-    """Token ids of texts that an answer follows.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        texts: The prompts.
-        special: Whether the tokenizer adds its special tokens; a chat template writes them as text.
-        is_encoder_decoder: Whether a prompt is a sequence of its own, which may be closed.
-    """
-    rows = _ids(tokenizer, texts, add_special_tokens=special)
-    if is_encoder_decoder or not special:
-        return rows
-    # Some decoder-only tokenizers close every text; a prompt must stay open.
-    end = tokenizer.eos_token_id
-    begins_alike = tokenizer.bos_token_id == end
-    return [row[:-1] if row[-1:] == [end] and not (begins_alike and len(row) == 1) else row for row in rows]
-
-
-def answer_ids(tokenizer: Any, texts: list[str], is_encoder_decoder: bool = False) -> list[list[int]]:
-    """Token ids of answers by themselves, as they are trained on behind a prompt; without an end token.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        texts: The answers.
-        is_encoder_decoder: Whether an answer is a sequence of its own.
-    """
-    if is_encoder_decoder:  # some tokenizers have another vocabulary for targets (Marian)
-        return _ids(tokenizer, text_target=texts, add_special_tokens=False)
-    return _ids(tokenizer, texts, add_special_tokens=False)
-
-
-def _ids(tokenize: Callable[..., Any], *texts: list[str], **options: Any) -> list[list[int]]:
-    """Token ids of each text; verbose off, since the tokenizer's remark on long texts is ours to make."""
-    given = texts[0] if texts else options["text_target"]
-    if not given:
-        return []
-    return list(tokenize(*texts, truncation=False, padding=False, verbose=False, **options)["input_ids"])
+        return [[*row, self.end] for row in answer_ids(self.tokenizer, texts, self.is_encoder_decoder)]

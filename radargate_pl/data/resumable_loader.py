@@ -1,15 +1,17 @@
 """Train batches of one process that go on, after a checkpoint, with the very example that comes next."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from radargate_pl.data.examples import Batch, Collator, Example
 from radargate_pl.data.length_windows import LengthWindows
 from radargate_pl.data.mixing import MixtureSampler
+from radargate_pl.data.tokenised_tasks import content_changes
 from radargate_pl.data.workers import leave_signals_to_the_main_process
 
 
@@ -94,15 +96,22 @@ class ResumableLoader:
         batches: which of them come when.
         collator: makes a batch.
         num_workers: processes that collate; 0 collates in the main one.
+        contents: what the examples are, beside the order they come in (see `content_changes`); ``None`` compares
+            nothing.
 
     Attributes:
         position: examples of this epoch that all processes together have been given.
     """
 
     def __init__(
-        self, examples: Dataset[Example], batches: MixtureBatches, collator: Collator, num_workers: int
+        self,
+        examples: Dataset[Example],
+        batches: MixtureBatches,
+        collator: Collator,
+        num_workers: int,
+        contents: Mapping[str, Any] | None = None,
     ) -> None:
-        self.batch_sampler = batches
+        self.batch_sampler, self.contents = batches, contents
         self.position = 0
         self._is_restored = False
         self._loader = DataLoader(
@@ -142,13 +151,14 @@ class ResumableLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is: epoch, position, and what the order follows from."""
-        return {"epoch": self.sampler.epoch, "position": self.position, "order": self.batch_sampler.describe()}
+        state = {"epoch": self.sampler.epoch, "position": self.position, "order": self.batch_sampler.describe()}
+        return state if self.contents is None else {**state, "contents": self.contents}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind that position.
 
         Raises:
-            ValueError: If the order is another one: the position would mean other examples.
+            ValueError: If order or examples are others: the position would mean other examples.
         """
         if state["order"] != self.batch_sampler.describe():
             raise ValueError(
@@ -157,6 +167,22 @@ class ResumableLoader:
                 "Resume with the tasks, limits, mixing, length window and seed of the checkpoint's config.yaml, or "
                 "start a new run from its weights: --ckpt_path RUN/gate with another trainer.default_root_dir."
             )
+        self._compare_contents(state.get("contents"))
         self.sampler.set_epoch(int(state["epoch"]))
         self.position = int(state["position"])
         self._is_restored = True
+
+    def _compare_contents(self, saved: Mapping[str, Any] | None) -> None:
+        if self.contents is None:
+            return
+        if saved is None:
+            rank_zero_info(
+                "The checkpoint is of an earlier version and holds only how many examples each task had: whether they "
+                "are the same ones was not compared."
+            )
+        elif changes := content_changes(saved, self.contents):
+            raise ValueError(
+                f"Expected the data of a resumed fit to be those of its checkpoint, but they differ: {changes}. "
+                "Restore them, or start a new run from its weights: --ckpt_path RUN/gate with another "
+                "trainer.default_root_dir."
+            )

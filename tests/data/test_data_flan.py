@@ -1,15 +1,19 @@
 """FlanMixture as a whole: stages, cache, preview, and the real data that lie beside the repository."""
 
 import random
+import re
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
 
+from radargate_pl.backbones import load_tokenizer
 from radargate_pl.data import FlanMixture
 from radargate_pl.data.prompts import RecordEncoder
+from radargate_pl.data.records import BadRecords, Record
 
 FLAN_LIKE = str(Path(__file__).parent / "flan_like.jsonl")
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -203,9 +207,97 @@ def test_a_failed_write_leaves_nothing(plain_tokenizer, cache, monkeypatch):
     assert list((cache / "tokens").iterdir()) == []
 
 
-def test_setup_without_prepared_data(plain_tokenizer):
-    with pytest.raises(ValueError, match="prepare_data to have tokenised"):
-        FlanMixture(FLAN_LIKE, plain_tokenizer, validation_examples=4).setup("fit")
+def test_setup_finds_an_empty_cache_and_tokenises_itself(plain_tokenizer, cache):
+    """Other processes of a fit whose cache cannot be shared, and caches that somebody emptied in between."""
+    data, prepared = (FlanMixture(FLAN_LIKE, plain_tokenizer, validation_examples=4) for _ in range(2))
+    data.setup("fit")
+    prepared.prepare_data()
+    prepared.setup("fit")
+    assert [data.examples("train")[i] for i in range(8)] == [prepared.examples("train")[i] for i in range(8)]
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_a_cache_that_another_policy_filled_does_not_hide_bad_records(plain_tokenizer, write_jsonl, numbered, policy):
+    records = [*numbered(7), {"source": "long", "target": "x" * 80}]
+    path, options = write_jsonl("a.jsonl", records), {"max_length": 50, "validation_examples": 1}
+    mixture(plain_tokenizer, path, on_bad_record="skip", **options)
+    if policy == "skip":
+        assert mixture(plain_tokenizer, path, on_bad_record="skip", **options).skipped
+        return
+    with pytest.raises(ValueError, match=r"a\.jsonl:8: the answer has 81 tokens"):
+        mixture(plain_tokenizer, path, on_bad_record="raise", **options)
+
+
+CHANGED = {
+    "reversed": lambda rows: rows[::-1],
+    "answers": lambda rows: [{**row, "target": "other"} for row in rows],
+    "one source": lambda rows: [*rows[:3], {**rows[3], "source": "corrected"}, *rows[4:]],
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGED, "max_length", "prompt", "ids"])
+def test_a_resume_over_other_data_is_refused(plain_tokenizer, write_jsonl, change):
+    """A position among the examples means others once a file changed, though there are as many."""
+    rows = [{"id": f"r{i}", "source": f"question {i}", "target": "a"} for i in range(22)]
+    options = {"validation_examples": 2, "batch_size": 2, "seed": 1}
+    before = mixture(plain_tokenizer, write_jsonl("a.jsonl", rows), **options).train_dataloader()
+    batches = iter(before)
+    for _ in range(5):
+        next(batches)
+    state = before.state_dict()
+    if change == "ids":
+        rows = [{**row, "id": f"renamed {i}"} for i, row in enumerate(rows)]
+    elif change in CHANGED:
+        rows = CHANGED[change](rows)
+    options |= {"max_length": {"max_length": 12}, "prompt": {"prompt": "{source}:"}}.get(change, {})
+    after = mixture(plain_tokenizer, write_jsonl("a.jsonl", rows), **options).train_dataloader()
+    if change == "ids":  # they name rows of results; nothing is trained on them
+        after.load_state_dict(state)
+        assert after.position == 10
+        return
+    told = {"max_length": "max_length was 256 and is 12", "prompt": "prompt was 'chat' and is '{source}:'"}
+    expected = told.get(change, "its records are others, or in another order, though every setting is as before")
+    with pytest.raises(ValueError, match=re.escape(f"but they differ: task a: {expected}")):
+        after.load_state_dict(state)
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_and_says_what_was_not_compared(
+    plain_tokenizer, write_jsonl, caplog
+):
+    rows = [{"source": f"question {i}", "target": "a"} for i in range(22)]
+    loader = mixture(plain_tokenizer, write_jsonl("a.jsonl", rows), validation_examples=2).train_dataloader()
+    state = {key: value for key, value in loader.state_dict().items() if key != "contents"}
+    with caplog.at_level("INFO"):
+        loader.load_state_dict(state)
+    assert "whether they are the same ones was not compared" in caplog.text
+
+
+def test_many_records_are_encoded_in_pieces_with_the_same_result(plain_tokenizer, monkeypatch):
+    records = [Record(f"r{i}", "s" * (i % 40), ("t" * (1 + i % 3),), f"f:{i}") for i in range(50)]
+    encoder = RecordEncoder(load_tokenizer(plain_tokenizer), max_length=30)
+    whole = encoder.encode(records, "t", BadRecords("skip"))
+    monkeypatch.setattr("radargate_pl.data.prompts.PIECE", 7)
+    pieces = encoder.encode(records, "t", BadRecords("skip"))
+    for name, array in vars(whole).items():
+        assert np.array_equal(getattr(pieces, name), array), name
+
+
+def test_a_line_of_megabytes_is_cut_before_it_is_tokenised(plain_tokenizer, monkeypatch):
+    seen = []
+    encoder = RecordEncoder(load_tokenizer(plain_tokenizer), max_length=30)
+    inside = encoder._prompt_ids
+    monkeypatch.setattr(encoder, "_prompt_ids", lambda texts: seen.extend(map(len, texts)) or inside(texts))
+    source = "ab" * 1_000_001
+    found = encoder.encode([Record("r", source, ("t",), "f:1")], "t", BadRecords("raise"))
+    text = encoder.tokenizer.decode(found.prompt(0))
+    assert text.startswith("abab")
+    assert text.endswith("abab\n")
+    assert found.truncated.tolist() == [True]
+    assert max(seen) < 4000
+    assert encoder.prompt(source).truncated
+    bad = BadRecords("raise")
+    encoder.encode([Record("r", "s", (source,), "f:1")], "t", bad)
+    assert "the answer has" in bad.problems[0]
 
 
 # --- reports ---------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ import pytest
 
 from radargate_pl.backbones import load_tokenizer
 from radargate_pl.data.examples import Collator, EncodedTask, ExampleSet
-from radargate_pl.data.prompts import GAP, RecordEncoder
+from radargate_pl.data.prompts import RecordEncoder
 from radargate_pl.data.records import BadRecords, Record
+from radargate_pl.data.token_ids import GAP
 from radargate_pl.losses import IGNORE_INDEX
 
 
@@ -75,7 +76,8 @@ def test_labels_are_the_answer_and_its_end_token_exactly(plain_tokenizer):
 
 
 def test_an_end_token_inside_the_prompt_is_no_label_and_no_padding(plain_tokenizer):
-    _, rows = batch(plain_tokenizer, record("a</s>b"))
+    with pytest.warns(UserWarning, match="1 sources hold text that the tokenizer reads as a control token"):
+        _, rows = batch(plain_tokenizer, record("a</s>b"))
     assert rows["attention_mask"].all()
     assert (rows["labels"] != IGNORE_INDEX).sum() == 3
 

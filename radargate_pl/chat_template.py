@@ -1,0 +1,145 @@
+"""Chat templates: a prompt as the model's own turns, on one fixed date, and the token that closes a turn (layer 3)."""
+
+from collections.abc import Iterable
+from datetime import date, datetime
+from typing import Any
+
+# An answer that no template writes by itself; what follows it closes the turn.
+_ANSWER = "Qv7answerZk"
+_CODES = "aAbBcdDeFgGhHIjmMpPrRSTuUVwWxXyY"  # what strftime can print of a day
+_DAYS = (date(2001, 2, 3), date(2022, 11, 24))
+
+
+def today() -> str:
+    """The date of this day, as ISO 8601 writes it."""
+    return date.today().isoformat()
+
+
+def checked_date(text: str | date | None) -> str:
+    """A date as ISO 8601 writes it; today's for None.
+
+    Args:
+        text: e.g. ``2026-11-30``, or a date, which YAML makes of one without quotation marks.
+
+    Raises:
+        ValueError: when it is no date.
+    """
+    if text is None:
+        return today()
+    try:
+        return date.fromisoformat(str(text)).isoformat()
+    except ValueError as error:
+        raise ValueError(
+            f"Expected date to be a day as 2026-11-30, or null for the day the run starts, but got {text!r}."
+        ) from error
+
+
+def render_prompt(tokenizer: Any, source: str, day: str) -> str:
+    """A question as the user's turn, and the opening of the assistant's.
+
+    Args:
+        tokenizer: with a chat template.
+        source: the question.
+        day: the date that a template may print, ISO 8601; never the clock's, or a run went on with other prompts after
+            midnight.
+
+    Raises:
+        ValueError: when the template refuses a single turn of a user, or there are several and no default.
+    """
+    return _rendered(tokenizer, [{"role": "user", "content": source}], day, opens=True)
+
+
+def prints_date(tokenizer: Any) -> bool:
+    """Whether the chat template writes the date into a prompt."""
+    first, second = (render_prompt(tokenizer, "", day.isoformat()) for day in _DAYS)
+    return first != second
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The id of the token that the chat template writes behind an assistant's turn.
+
+    Args:
+        tokenizer: with or without a chat template.
+
+    Returns:
+        The first token behind the answer, if it is one of the tokens added to the vocabulary (``<|im_end|>``); ``None``
+        where there is no template, or it writes text or nothing there.
+    """
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = _rendered(tokenizer, turns, _DAYS[0].isoformat(), opens=False)
+    except ValueError:  # said where a prompt is rendered
+        return None
+    _, found, rest = text.rpartition(_ANSWER)
+    rest = rest.lstrip()
+    behind = [token for token in control_tokens(tokenizer) if found and rest.startswith(token)]
+    return control_tokens(tokenizer)[max(behind, key=len)] if behind else None
+
+
+def end_token(tokenizer: Any, is_chat: bool) -> int:
+    """The id that closes an answer in training: what the chat template closes a turn with, else the end token.
+
+    Args:
+        tokenizer: with an end token.
+        is_chat: whether prompts are rendered by the chat template.
+    """
+    end = turn_end(tokenizer) if is_chat else None
+    return int(tokenizer.eos_token_id) if end is None else end
+
+
+def end_tokens(tokenizer: Any, configured: int | list[int] | None = None) -> tuple[int, ...]:
+    """Ids at which a generation stops: the model's own, the tokenizer's and the chat template's, sorted.
+
+    Args:
+        tokenizer: of the model.
+        configured: ``eos_token_id`` of the model's generation configuration.
+    """
+    own = {number for number in (tokenizer.eos_token_id, turn_end(tokenizer)) if number is not None}
+    return with_configured(own, configured)
+
+
+def with_configured(ends: Iterable[int], configured: int | list[int] | None) -> tuple[int, ...]:
+    """Ids of ends, and those that a generation configuration names, sorted.
+
+    Args:
+        ends: see `end_tokens`.
+        configured: ``eos_token_id`` of the generation configuration: none, one or several.
+    """
+    named = [] if configured is None else configured if isinstance(configured, list | tuple) else [configured]
+    return tuple(sorted({int(number) for number in (*ends, *named)}))
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, str]], day: str, opens: bool) -> str:
+    try:
+        template = _on_day(tokenizer.get_chat_template(), day)
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=opens)
+    except Exception as error:  # jinja2's, a template's own raise_exception, and transformers' on several templates
+        raise ValueError(
+            f"Expected the tokenizer's chat template to render one turn of a user, but it says: {error}. Set prompt: "
+            "plain, or a template of your own with {source} in it, or give the tokenizer another chat template."
+        ) from error
+    return str(text)
+
+
+def _on_day(template: str, day: str) -> str:
+    """The template with a clock that stands: transformers gives templates no other date than that of this moment."""
+    if "strftime_now" not in template:
+        return template
+    then, text = datetime.fromisoformat(day), "format"
+    for code in [f"%{flag}{letter}" for letter in _CODES for flag in ("-", "")]:
+        text += f".replace('{code}', '{then.strftime(code)}')"
+    # The last piece prints nothing; behind a block, Jinja would drop a line break that the template begins with.
+    return f"{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
+
+
+def control_tokens(tokenizer: Any) -> dict[str, int]:
+    """Tokens that a text becomes whole wherever it stands, such as ``</s>``: their text, and their ids.
+
+    Args:
+        tokenizer: of the model.
+    """
+    added = {str(token): int(number) for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    special = {str(token): int(tokenizer.convert_tokens_to_ids(str(token))) for token in tokenizer.all_special_tokens}
+    return {text: number for text, number in {**added, **special}.items() if text.strip()}

@@ -1,0 +1,277 @@
+"""Where an answer ends and which day a prompt prints: one notion for training, scoring, generation and every resume."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from radargate_pl import chat_template
+from radargate_pl.backbones import load_tokenizer, resolve_backbone
+from radargate_pl.chat_template import checked_date, end_token, end_tokens, prints_date, render_prompt, turn_end
+from radargate_pl.cli import main
+from radargate_pl.data.prompts import RecordEncoder
+from radargate_pl.data.records import BadRecords, Record
+from radargate_pl.generation import generate_texts
+from radargate_pl.networks import GatedNetwork
+
+TURN = "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
+OPENING = "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
+CHATML = "{% for m in messages %}" + TURN + "{% endfor %}" + OPENING
+DATED = "{{'Today: ' + strftime_now('%d %b %Y') + '\n'}}" + CHATML
+
+
+def save_backbone(folder: Path, template: str | dict[str, str] | None, eos: str = "</s>") -> str:
+    """The built-in tiny backbone with ChatML's tokens and another chat template."""
+    base = resolve_backbone("debug-tiny")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template, tokenizer.eos_token = template, eos
+    model.resize_token_embeddings(264)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_backbone(tmp_path_factory.mktemp("chatml"), CHATML)
+
+
+@pytest.fixture(scope="module")
+def dated(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_backbone(tmp_path_factory.mktemp("dated"), DATED)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Set the day it is, for this package and for the templates of transformers."""
+    from transformers.utils import chat_template_utils
+
+    def set_day(year: int, month: int, day: int) -> None:
+        class Day(date):
+            @classmethod
+            def today(cls) -> date:
+                return date(year, month, day)
+
+        class Moment:
+            @staticmethod
+            def now() -> date:
+                return date(year, month, day)
+
+        monkeypatch.setattr(chat_template, "date", Day)
+        monkeypatch.setattr(chat_template_utils, "datetime", Moment)
+
+    return set_day
+
+
+@pytest.mark.parametrize(
+    ("closing", "expected"),
+    [
+        ("{{ m['content'] }}<|im_end|>\n", "<|im_end|>"),
+        ("{{ m['content'] }}\n<|im_end|>", "<|im_end|>"),
+        ("{{ m['content'] | trim }} </s>", "</s>"),
+        ("{{ m['content'] }} and more<|im_end|>", None),
+        ("{{ m['content'] }}\n", None),
+        ("{{ raise_exception('a system turn first') }}", None),
+    ],
+)
+def test_the_end_is_what_the_template_writes_behind_the_answer(chatml: str, closing: str, expected: str | None) -> None:
+    tokenizer = load_tokenizer(chatml)
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>" + closing + "{% endfor %}"
+    found = turn_end(tokenizer)
+    assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == expected
+    assert end_token(tokenizer, is_chat=True) == (tokenizer.eos_token_id if expected is None else found)
+    assert end_token(tokenizer, is_chat=False) == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("configured", [None, 2, [2, 5]])
+def test_generation_stops_at_the_ends_of_all_three(chatml: str, configured: Any) -> None:
+    own = {None: set(), 2: {2}}.get(configured, {2, 5}) if not isinstance(configured, list) else set(configured)
+    assert set(end_tokens(load_tokenizer(chatml), configured)) == own | {2, 261}
+
+
+@pytest.mark.parametrize("tokenizer_end", ["</s>", "<|im_end|>"])
+def test_labels_and_generation_agree_on_the_end(tmp_path: Path, tokenizer_end: str) -> None:
+    """Gemma's case (the turn ends otherwise than the text) and Qwen's (the generation settings name a third)."""
+    backbone = save_backbone(tmp_path, CHATML, tokenizer_end)
+    encoder = RecordEncoder(load_tokenizer(backbone), max_length=64)
+    encoded = encoder.encode([Record("a", "q", ("red",), "f:1")], "t", BadRecords("raise"))
+    assert encoder.tokenizer.decode(encoded.answer(0)) == "red<|im_end|>"
+    assert encoder.answer_end() == "<|im_end|>"
+    network = GatedNetwork(backbone=backbone, dtype="float32", experts=[])
+    assert encoder.end in network.end_ids
+    with torch.no_grad():  # the head says <|im_end|> whatever it reads
+        network.backbone.lm_head.weight.zero_()
+        network.backbone.lm_head.weight[261] = 1.0
+        network.backbone.model.norm.weight.abs_()
+    network.backbone.lm_head.register_forward_hook(
+        lambda _, __, y: torch.nn.functional.one_hot(torch.full(y.shape[:-1], 261), y.shape[-1]).float()
+    )
+    ids = torch.tensor([encoded.prompt(0)])
+    assert generate_texts(network, ids, torch.ones_like(ids), max_new_tokens=9) == [("", 1)]
+
+
+def test_an_old_end_can_be_asked_for(chatml: str) -> None:
+    tokenizer = load_tokenizer(chatml)
+    old = RecordEncoder(tokenizer, answer_end="eos")
+    assert (old.end, RecordEncoder(tokenizer).end, RecordEncoder(tokenizer, prompt="plain").end) == (2, 261, 2)
+    assert old.key() != RecordEncoder(tokenizer).key()
+
+
+def test_a_day_is_printed_as_the_clock_would_print_it(dated: str, clock: Any) -> None:
+    tokenizer = load_tokenizer(dated)
+    tokenizer.chat_template = "\n{{ strftime_now('%A %-d. %B %Y, %y%m%d %j') }}" + CHATML
+    clock(2026, 11, 5)
+    theirs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
+    )
+    assert render_prompt(tokenizer, "x", "2026-11-05") == theirs
+    assert "Thursday 5. November 2026, 261105 309" in theirs
+
+
+def test_prompts_keep_the_day_of_the_run_when_the_clock_passes_midnight(dated: str, clock: Any) -> None:
+    tokenizer, bad = load_tokenizer(dated), BadRecords("raise")
+    assert prints_date(tokenizer)
+    clock(2026, 11, 30)
+    encoder = RecordEncoder(tokenizer, max_length=200)
+    key, records = encoder.key(), [Record("a", "q", ("a",), "f:1")]
+    before = encoder.encode(records, "t", bad)
+    clock(2026, 12, 1)
+    assert "30 Nov 2026" in tokenizer.decode(before.prompt(0))
+    assert encoder.encode(records, "t", bad).prompt(0) == before.prompt(0) == encoder.prompt("q").ids
+    assert encoder.key() == key
+    assert RecordEncoder(tokenizer, max_length=200).key() != key, "tokens of another day are others"
+    assert RecordEncoder(tokenizer, max_length=200, date="2026-11-30").key() == key
+
+
+@pytest.mark.parametrize("change", ["template", "printed token"])
+def test_the_key_of_tokens_holds_the_template_and_what_it_renders(chatml: str, change: str) -> None:
+    tokenizer, other = load_tokenizer(chatml), load_tokenizer(chatml)
+    for one in (tokenizer, other):
+        one.chat_template = "{{ bos_token }}" + CHATML
+    if change == "template":
+        other.chat_template = other.chat_template.replace("assistant", "model")
+    else:
+        other.bos_token = "<unk>"
+    assert RecordEncoder(tokenizer).key() != RecordEncoder(other).key()
+
+
+@pytest.mark.parametrize("text", ["30.11.2026", "tomorrow", "2026-13-01"])
+def test_what_is_no_date_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected date to be a day as 2026-11-30, .* but got '{text}'"):
+        checked_date(text)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system turn first') }}{% endif %}",
+        {"tool_use": "x", "rag": "y"},
+        "{% for m in %}",
+    ],
+)
+def test_a_template_that_refuses_a_question_is_one_sentence(chatml: str, template: Any) -> None:
+    tokenizer = load_tokenizer(chatml)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="Expected the tokenizer's chat template to render one turn of a user"):
+        RecordEncoder(tokenizer).encode([Record("a", "q", ("a",), "f:1")], "t", BadRecords("raise"))
+
+
+def test_a_pad_token_beyond_the_embedding_is_refused_by_name(tmp_path: Path) -> None:
+    backbone = save_backbone(tmp_path, None)
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["one", "two", "three"])
+    tokenizer.pad_token = "three"
+    tokenizer.save_pretrained(backbone)
+    with pytest.raises(ValueError, match=r"ids below 264, the rows of its embedding, but pad_token is 26\d"):
+        GatedNetwork(backbone=backbone, dtype="float32", experts=[])
+
+
+def test_control_tokens_in_data_are_text_in_answers_and_named_in_prompts(chatml: str) -> None:
+    encoder = RecordEncoder(load_tokenizer(chatml), prompt="plain", max_length=64)
+    records = [Record("a", "a </s> b", ("<s>x</s>y",), "f:7"), Record("b", "q", ("x",), "f:8")]
+    with pytest.warns(
+        UserWarning, match="task t: 1 sources hold text that the tokenizer reads as a control token, .* f:7"
+    ):
+        encoded = encoder.encode(records, "t", BadRecords("raise"))
+    answer = encoded.answer(0)
+    assert encoder.tokenizer.decode(answer[:-1]) == "<s>x</s>y"
+    assert [token for token in answer if token < 4] == [encoder.end], "one end, at the end"
+    assert encoder.tokenizer.decode(encoded.answer(1)) == "x</s>"
+
+
+def test_two_starts_are_named(chatml: str) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(chatml)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    with pytest.warns(UserWarning, match="begin with two <s>.*special_tokens: false"):
+        RecordEncoder(tokenizer, prompt="<s>[INST] {source} [/INST]")
+    RecordEncoder(tokenizer, prompt="<s>[INST] {source} [/INST]", special_tokens=False)
+    RecordEncoder(tokenizer, prompt="{source}:")
+
+
+@pytest.fixture
+def home(tmp_path: Path, dated: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with data and a config of a fit whose prompts are dated."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("add", "cut"):
+        rows = [{"source": f"{i} {name} 1", "target": str(i + 1)} for i in range(12)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load((Path(__file__).parent.parent / "configs/debug.yaml").read_text())
+    config["trainer"] |= {"default_root_dir": "run", "max_steps": 2, "val_check_interval": 1}
+    config["model"]["network"]["init_args"]["backbone"] = dated
+    config["model"]["network"]["init_args"]["gate"] = {"class_path": "radargate_pl.gates.StretchGate"}
+    config["data"]["init_args"] |= {"tasks": ["add.jsonl", "cut.jsonl"], "validation_examples": 2, "max_length": 200}
+    Path("fit.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def data_of(path: str) -> Any:
+    return yaml.safe_load(Path(path).read_text())["data"]["init_args"]
+
+
+def test_a_run_keeps_its_day_and_end_through_resume_and_other_commands(home: Path, clock: Any) -> None:
+    clock(2026, 11, 30)
+    assert main(["fit", "--config", "fit.yaml"]) == 0
+    assert (data_of("run/config.yaml")["date"], data_of("run/config.yaml")["answer_end"]) == ("2026-11-30", "template")
+    gate = json.loads(Path("run/gate/gate_config.json").read_text())
+    assert (gate["answer_end"], gate["prompt_date"]) == ("<|im_end|>", "2026-11-30")
+    clock(2026, 12, 2)
+    assert main(["fit", "--config", "fit.yaml", "--ckpt_path", "auto", "--trainer.max_steps", "3"]) == 0
+    assert data_of("run/config.yaml")["date"] == "2026-11-30"
+    words = ["--config", "fit.yaml", "--ckpt_path", "run", "--trainer.default_root_dir", "predicted"]
+    assert main(["validate", *words]) == 0
+    assert data_of("predicted/config.yaml")["date"] == "2026-11-30"
+
+
+def test_a_run_of_an_earlier_version_keeps_its_end(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "fit.yaml", "--data.answer_end", "eos"]) == 0
+    stored = yaml.safe_load(Path("run/config.yaml").read_text())
+    del stored["data"]["init_args"]["answer_end"], stored["data"]["init_args"]["date"]
+    Path("run/config.yaml").write_text(yaml.safe_dump(stored))
+    assert main(["fit", "--config", "fit.yaml", "--ckpt_path", "auto", "--trainer.max_steps", "3"]) == 0
+    assert data_of("run/config.yaml")["answer_end"] == "eos"
+
+
+def test_another_day_is_refused_on_resume_and_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "fit.yaml", "--data.date", "2026-11-30"]) == 0
+    words = ["--ckpt_path", "auto", "--trainer.max_steps", "3", "--data.date", "2026-12-01"]
+    assert main(["fit", "--config", "fit.yaml", *words]) != 0
+    told = capsys.readouterr().err
+    assert "task add, cut: date was '2026-11-30' and is '2026-12-01'" in told
+
+
+def test_the_preview_names_end_and_day(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "fit.yaml", "--preview", "--data.date", "2026-11-30"]) == 0
+    shown = capsys.readouterr().out
+    assert "answers end with '<|im_end|>', prompts dated 2026-11-30" in shown
