@@ -17,6 +17,7 @@ import radargate_pl.data  # noqa: F401 - short names such as "FlanMixture" are f
 from radargate_pl import callbacks
 from radargate_pl.callbacks import Preemption, RunCheckpoint, RunProgressBar
 from radargate_pl.callbacks.input_answers import answers_to_inputs
+from radargate_pl.checkpoint_content import check_content
 from radargate_pl.class_help import LINKS
 from radargate_pl.cli import COMMANDS, PROGRAMS
 from radargate_pl.config_classes import own_defaults
@@ -176,6 +177,7 @@ class RadarGateCLI(LightningCLI):
         if self._checkpoint is not None and is_gate_folder(self._checkpoint):
             self.trainer_defaults["callbacks"] = [LoadGateFolder(self._checkpoint)]
         elif self._checkpoint is not None:
+            check_content(self._checkpoint, self.config.subcommand)
             config.ckpt_path = str(self._checkpoint)
             if self.config.subcommand != "fit":
                 self.trainer_defaults["callbacks"] = [NameTrainedExperts(self._checkpoint)]
