@@ -1,10 +1,12 @@
 """Walks a configuration against the schemas of the classes it names; see ``config_schema``."""
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
+from radargate_pl.config_names import keys_like, keys_named
+from radargate_pl.config_places import ConfigError, Located, shortened
 from radargate_pl.config_schema import (
     Schema,
     class_options,
@@ -12,10 +14,15 @@ from radargate_pl.config_schema import (
     describe,
     find_class,
     leaf_problem,
+    near_names,
     nearest,
+    number_key,
     options_of,
+    takes_null,
+    takes_number_keys,
+    unfilled_variable,
 )
-from radargate_pl.config_sources import SPEC_KEYS, ConfigError, Located
+from radargate_pl.config_sources import SPEC_KEYS
 
 
 class ConfigCheck:
@@ -68,17 +75,21 @@ class ConfigCheck:
     def _group(self, schema: Schema, node: Located, path: str) -> None:
         if not isinstance(node.value, dict):
             if node.value is not None:
-                self._complain(node, path, f"expected keys of {schema.title}, found {node.plain()!r}")
+                self._complain(node, path, f"expected keys of {schema.title}, found {node.shown()}")
             return
         for key, child in node.value.items():
             inner = f"{path}.{key}" if path else str(key)
             if key not in schema.keys:
                 owner = f"{schema.title} has no argument" if schema.title else "there is no key"
-                self._complain(child, inner, f"{owner} '{key}'. {nearest(str(key), schema.keys)}")
+                near = self._near(str(key), schema)
+                self._complain(child, inner, f"{owner} '{key}'. {nearest(str(key), schema.keys, near)}")
                 continue
             short = _short(inner)
             self._given.add(short)
-            if short in self.linked:
+            if not takes_null(schema, key, child):
+                what = describe(schema.keys[key])
+                self._complain(child, inner, f"expected {what}, found null. Leave the key out for its default.")
+            elif short in self.linked:
                 self._complain(
                     child, inner, f"is set by the program: it always equals {self.linked[short]}. Remove it."
                 )
@@ -86,6 +97,27 @@ class ConfigCheck:
                 self._group(schema.keys[key], child, inner)
             else:
                 self._value(schema.keys[key], child, inner, schema.defaults.get(key))
+
+    def _near(self, name: str, schema: Schema) -> list[str]:
+        """Keys that were meant: of that name anywhere in the tree, else alike in this group, else alike anywhere."""
+        everywhere = list(self._all_keys(self.root, ""))
+        return keys_named(name, everywhere) or near_names(name, schema.keys) or keys_like(name, everywhere)
+
+    def _all_keys(self, schema: Schema, path: str) -> Iterator[str]:
+        for key, hint in schema.keys.items():
+            inner = f"{path}.{key}" if path else key
+            if inner not in self.linked:
+                yield inner
+            if isinstance(hint, Schema):
+                yield from self._all_keys(hint, inner)
+                continue
+            classes = list(class_options(hint))
+            found = self._in_effect(inner, classes, schema.defaults.get(key)) if classes else None
+            if found is not None:
+                yield from self._all_keys(class_schema(*found), inner)
+            for group in options_of(hint):
+                if isinstance(group, type) and is_dataclass(group):
+                    yield from self._all_keys(class_schema(group, 0), inner)
 
     def _value(self, typehint: Any, node: Located, path: str, default: Any) -> None:
         classes = list(class_options(typehint))
@@ -103,6 +135,10 @@ class ConfigCheck:
                 for index, child in enumerate(node.value):
                     self._class(elements, child, f"{path}.{index}", None)
                 return
+        problem = _not_as_written(typehint, node, path)
+        if problem is not None:
+            self._complain(node, path, problem)
+            return
         if node.from_command_line and isinstance(node.value, dict):
             return  # --trainer.callbacks.monitor changes the callback added last; jsonargparse knows which
         problem = leaf_problem(typehint, node) if node.value is not None or not node.from_command_line else None
@@ -147,7 +183,7 @@ class ConfigCheck:
         found: Any = None
         try:
             if not isinstance(name.value, str):
-                raise ValueError(f"class_path: expected the name of a class, found {name.plain()!r}.")
+                raise ValueError(f"class_path: expected the name of a class, found {name.shown()}.")
             found = find_class(name.value, [base for base, _ in classes])
         except ValueError as error:
             self._complain(name, path, str(error))
@@ -159,6 +195,21 @@ def _element_classes(typehint: Any) -> list[tuple[type, int]]:
     """The classes a list type holds; none for other types."""
     arguments = typing.get_args(typehint)
     return list(class_options(arguments[0])) if len(arguments) == 1 else []
+
+
+def _not_as_written(typehint: Any, node: Located, path: str) -> str | None:
+    """What stands in the value and is read otherwise than it looks: names that are numbers, variables of a shell."""
+    number = None if takes_number_keys(typehint) else number_key(node)
+    if number is not None:
+        return f"the key {number} is a number; as a name write it in quotes: '{number}'"
+    variable = None if "prompt" in path else unfilled_variable(node)
+    if variable is not None:
+        value = shortened(str(node.plain()), 60)
+        return (
+            f"{variable} is not filled in here; give the value on the command line in double quotes, where the shell "
+            f'does it: --{_short(path)} "{value}"'
+        )
+    return None
 
 
 def _short(path: str) -> str:

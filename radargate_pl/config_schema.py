@@ -9,6 +9,7 @@ import collections.abc
 import functools
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from radargate_pl.config_sources import Located
+from radargate_pl.config_places import Located
 
 _MANY = 14  # beyond so many keys only the nearest are listed
 
@@ -142,10 +143,15 @@ def _titles(bases: Sequence[type]) -> str:
     return " or ".join(base.__name__ for base in bases)
 
 
-def nearest(name: str, known: Mapping[str, Any]) -> str:
-    """``Nearest: a, b.``; where nothing is near, what there is, or how much of it."""
+def near_names(name: str, known: Mapping[str, Any]) -> list[str]:
+    """At most three of the names, those spelt much like this one."""
     lower = {key.lower(): key for key in known}
-    near = [lower[match] for match in get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
+    return [lower[match] for match in get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
+
+
+def nearest(name: str, known: Mapping[str, Any], near: Sequence[str] | None = None) -> str:
+    """``Nearest: a, b.``; where nothing is near, what there is, or how much of it."""
+    near = near_names(name, known) if near is None else near
     if near:
         return f"Nearest: {', '.join(near)}."
     if not known:
@@ -153,6 +159,23 @@ def nearest(name: str, known: Mapping[str, Any]) -> str:
     if len(known) <= _MANY:
         return f"Accepted: {', '.join(sorted(known))}."
     return f"None of its {len(known)} names is near; --help lists them."
+
+
+def drop_empty_groups(source: Located, root: Schema) -> None:
+    """Removes groups such as ``trainer:`` with nothing below them, which would replace those of other files."""
+    for key in [key for key, child in source.value.items() if child.value is None]:
+        if isinstance(root.keys.get(key), Schema):
+            del source.value[key]
+
+
+def takes_null(schema: Schema, key: str, node: Located) -> bool:
+    """Whether nothing, written ``null`` or left empty in a file, is a value of this key."""
+    hint = schema.keys[key]
+    if node.value is not None or node.from_command_line or isinstance(hint, Schema):
+        return True
+    if key not in schema.required and schema.defaults.get(key) is None:
+        return True
+    return any(option in (Any, None, type(None)) for option in options_of(hint))
 
 
 def describe(typehint: Any) -> str:
@@ -185,8 +208,38 @@ def leaf_problem(typehint: Any, node: Located) -> str | None:
     except (ArgumentError, TypeError, ValueError):
         choices = [str(choice) for option in options_of(typehint) for choice in _literals(option)]
         near = get_close_matches(str(node.value), choices, n=1)
-        return f"expected {describe(typehint)}, found {node.plain()!r}." + (f" Nearest: {near[0]}." if near else "")
+        return f"expected {describe(typehint)}, found {node.shown()}." + (f" Nearest: {near[0]}." if near else "")
     return None
+
+
+def number_key(node: Located) -> int | None:
+    """The first key inside a value that is a whole number; None if all are names."""
+    if not isinstance(node.value, dict | list):
+        return None
+    keys = [key for key in node.value if isinstance(key, int)] if isinstance(node.value, dict) else []
+    children = node.value.values() if isinstance(node.value, dict) else node.value
+    inside = (number_key(child) for child in children)
+    return keys[0] if keys else next((found for found in inside if found is not None), None)
+
+
+def unfilled_variable(node: Located) -> str | None:
+    """The first ``${NAME}`` inside a value, or ``$NAME`` at the start of a path; nothing here fills them in."""
+    if isinstance(node.value, dict | list):
+        children = node.value.values() if isinstance(node.value, dict) else node.value
+        return next((found for found in map(unfilled_variable, children) if found is not None), None)
+    found = (
+        re.search(r"\$\{[A-Z_][A-Z0-9_]*\}|^\$[A-Z_][A-Z0-9_]*(?=/)", node.value)
+        if isinstance(node.value, str)
+        else None
+    )
+    return found[0] if found else None
+
+
+def takes_number_keys(typehint: Any) -> bool:
+    """Whether a mapping of this type, or inside it, has keys that are no text."""
+    origin, args = typing.get_origin(typehint), typing.get_args(typehint)
+    is_mapping = isinstance(origin, type) and issubclass(origin, collections.abc.Mapping)
+    return (is_mapping and args[0] is not str) or any(takes_number_keys(arg) for arg in args)
 
 
 def _literals(typehint: Any) -> tuple[Any, ...]:

@@ -5,122 +5,17 @@ name over when only ``class_path`` changes, so that a gate would inherit argumen
 Here a changed class starts from its own defaults.
 """
 
-import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
-import yaml
+from radargate_pl.config_places import COMMAND_LINE, ConfigError, Located, few
+from radargate_pl.config_yaml import NotYamlError, parse_yaml
 
 SPEC_KEYS = frozenset({"class_path", "init_args", "dict_kwargs"})
-COMMAND_LINE = "command line"
 _CONFIG_FLAGS = ("-c", "--config")
-
-
-class ConfigError(Exception):
-    """One or several mistakes in a configuration, worded for the person who wrote it.
-
-    Args:
-        mistakes: One sentence or more for each mistake, starting with the place.
-    """
-
-    def __init__(self, mistakes: Sequence[str]) -> None:
-        super().__init__("\n".join(mistakes))
-        self.mistakes = tuple(mistakes)
-
-
-@dataclass
-class Located:
-    """A value and its place.
-
-    Args:
-        value: A scalar; for a mapping ``dict[str, Located]``; for a list ``list[Located]``.
-        where: ``file:line`` or ``command line``.
-    """
-
-    value: Any
-    where: str
-
-    def plain(self) -> Any:
-        """The value without places."""
-        if isinstance(self.value, dict):
-            return {key: child.plain() for key, child in self.value.items()}
-        if isinstance(self.value, list):
-            return [child.plain() for child in self.value]
-        return self.value
-
-    @property
-    def from_command_line(self) -> bool:
-        """Whether somebody typed it, so that a scalar is still text."""
-        return self.where == COMMAND_LINE
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads numbers as jsonargparse does: ``1e-4`` is a float and a date stays text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_yaml(path: Path, name: str) -> Located:
-    """Reads one config file.
-
-    Args:
-        path: The file.
-        name: What the user wrote, for messages.
-
-    Raises:
-        ConfigError: Not readable, not YAML, a key given twice, or not a mapping at the top.
-    """
-    try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
-        mistakes: list[str] = []
-        node = Located({}, f"{name}:1") if root is None else _locate(loader, root, name, mistakes)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{name}: cannot be read: {error}"]) from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        detail = " ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError([f"{place}: not valid YAML: {detail}"]) from error
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{name}: not valid YAML: {' '.join(str(error).split())}"]) from error
-    if not isinstance(node.value, dict):
-        mistakes.append(f"{node.where}: expected keys such as 'trainer:' and 'model:', found {node.plain()!r}")
-    if mistakes:
-        raise ConfigError(mistakes)
-    return node
-
-
-def _locate(loader: _Loader, node: yaml.Node, name: str, mistakes: list[str]) -> Located:
-    where = f"{name}:{node.start_mark.line + 1}"
-    if isinstance(node, yaml.SequenceNode):
-        return Located([_locate(loader, child, name, mistakes) for child in node.value], where)
-    if not isinstance(node, yaml.MappingNode):
-        return Located(loader.construct_object(node), where)
-    lines: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        line = key_node.start_mark.line + 1
-        if key_node.value in lines:
-            mistakes.append(
-                f"{name}:{line}: the key '{key_node.value}' is given twice, first in line {lines[key_node.value]}"
-            )
-        lines.setdefault(key_node.value, line)
-    loader.flatten_mapping(node)  # resolves "<<: *anchor"
-    values = {}
-    for key_node, value_node in node.value:
-        child = _locate(loader, value_node, name, mistakes)
-        values[loader.construct_object(key_node)] = Located(child.value, f"{name}:{key_node.start_mark.line + 1}")
-    return Located(values, where)
 
 
 @dataclass
@@ -173,25 +68,29 @@ def _is_option(word: str) -> bool:
 
 
 def setting_tree(key: str, text: str | None) -> Located:
-    """``model.network.dropout`` and ``0.1`` as nested mappings; a mapping or list typed as text becomes one."""
-    value: Any = text
+    """``model.network.dropout`` and ``0.1`` as nested mappings; a mapping or list typed as text becomes one.
+
+    Raises:
+        ConfigError: It is one, but no configuration can hold it; see `parse_yaml`.
+    """
+    node = Located(text, COMMAND_LINE)
     if text is not None and text.lstrip()[:1] in ("{", "["):
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            value = text
-    node = _typed(value)
+        with suppress(NotYamlError):  # text after all, such as a prompt
+            node = _typed(key, text) or node
     for part in reversed(key.removesuffix("+").split(".")):
         node = Located({part: node}, COMMAND_LINE)
     return node
 
 
-def _typed(value: Any) -> Located:
-    if isinstance(value, dict):
-        return Located({key: _typed(child) for key, child in value.items()}, COMMAND_LINE)
-    if isinstance(value, list):
-        return Located([_typed(child) for child in value], COMMAND_LINE)
-    return Located(value, COMMAND_LINE)
+def _typed(key: str, text: str) -> Located | None:
+    try:
+        return parse_yaml(text, COMMAND_LINE)
+    except NotYamlError:
+        raise
+    except ConfigError as error:
+        raise ConfigError(
+            [f"{COMMAND_LINE}: --{key}: {mistake.partition(': ')[2]}" for mistake in error.mistakes]
+        ) from error
 
 
 def merge(base: Located, over: Located) -> Located:
@@ -250,13 +149,16 @@ def find_config(name: str) -> Path:
         ConfigError: There is none; names the files that lie nearest.
     """
     path = Path(name)
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # a pipe such as /dev/stdin is as good as a file
         return path
     shipped = {
         f"configs/{file.relative_to(folder)}": file for folder in shipped_configs() for file in folder.rglob("*.yaml")
     }
     if name in shipped:
         return shipped[name]
+    if path.is_dir():
+        inside = few(sorted(str(file) for file in path.glob("*.yaml")))
+        raise ConfigError([f"{COMMAND_LINE}: --config {name}: is a folder; give a file{inside and ': ' + inside}."])
     there = dict.fromkeys([*shipped, *map(str, path.parent.glob("*.yaml"))])
     near = get_close_matches(name, there, n=3)
     hint = f" Nearest: {', '.join(near)}." if near else f" Shipped with the package: {', '.join(sorted(shipped))}."

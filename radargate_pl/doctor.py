@@ -14,15 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from radargate_pl import __version__
-from radargate_pl.config_sources import (
-    ConfigError,
-    Located,
-    find_config,
-    merge,
-    read_command_line,
-    read_yaml,
-    setting_tree,
-)
+from radargate_pl.config_places import ConfigError, Located
+from radargate_pl.config_sources import find_config, merge, read_command_line, setting_tree
+from radargate_pl.config_yaml import read_yaml
 from radargate_pl.doctor_checks import (
     Finding,
     check_caches,

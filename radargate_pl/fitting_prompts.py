@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from radargate_pl.config_sources import COMMAND_LINE, CommandLine, Located
+from radargate_pl.config_places import COMMAND_LINE, Located
+from radargate_pl.config_sources import CommandLine
 
 FIT, BENCHMARKS = "FlanMixture", "BenchmarkData"
 # Arguments of the mixture with their defaults, to the arguments of the benchmarks that they become.

@@ -22,19 +22,10 @@ from radargate_pl.class_help import LINKS
 from radargate_pl.cli import COMMANDS, PROGRAMS
 from radargate_pl.config_classes import own_defaults
 from radargate_pl.config_errors import ConfigCheck
-from radargate_pl.config_schema import nearest, parser_schema
-from radargate_pl.config_sources import (
-    COMMAND_LINE,
-    CommandLine,
-    ConfigError,
-    Located,
-    drop_replaced,
-    find_config,
-    merge,
-    read_command_line,
-    read_yaml,
-    setting_tree,
-)
+from radargate_pl.config_places import COMMAND_LINE, ConfigError, Located
+from radargate_pl.config_schema import drop_empty_groups, nearest, parser_schema
+from radargate_pl.config_sources import CommandLine, drop_replaced, find_config, merge, read_command_line, setting_tree
+from radargate_pl.config_yaml import read_yaml
 from radargate_pl.fitting_prompts import FittingPrompts
 from radargate_pl.kept_settings import keep_settings
 from radargate_pl.module import AdaptedLM
@@ -152,11 +143,15 @@ class RadarGateCLI(LightningCLI):
                 is_complete = False
                 continue
             check.read(source)
+            drop_empty_groups(source, check.root)
             merged = merge(merged, source)
             prompts.read(merged)
         for key, text in line.settings:
             if key != "print_config":
-                check.read(setting_tree(key, text))
+                try:
+                    check.read(setting_tree(key, text))
+                except ConfigError as error:
+                    check.mistakes.extend(error.mistakes)
         if is_complete:
             check.require_all()
         check.raise_mistakes()
@@ -164,11 +159,20 @@ class RadarGateCLI(LightningCLI):
         prompts.hand_over(merged, line)
         return merged
 
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if seed is not None and not 0 <= seed < 2**32:
+            raise ConfigError([f"configuration: seed_everything: expected 0 to {2**32 - 1}, found {seed}."])
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Resolves ``--ckpt_path``; nothing in a checkpoint changes the config."""
         if not self.config.get("subcommand"):
             return
         config = self.config[self.config.subcommand]
+        if not config.trainer.default_root_dir:
+            found = f"{config.trainer.default_root_dir!r}"
+            raise ConfigError([f"configuration: trainer.default_root_dir: expected the run folder, found {found}."])
         folder = Path(config.trainer.default_root_dir)
         self._asked = config.get("ckpt_path")
         self._checkpoint = resolve_checkpoint(str(self._asked), folder, self.config.subcommand) if self._asked else None
