@@ -113,7 +113,7 @@ def load_gate(
         network = GatedNetwork(backbone=source, experts=found, **built, **loading)
     except TypeError as error:
         raise ValueError(
-            f"Expected {folder / CONFIG} to be whole, but it is damaged: its gate does not take its init_args ({error}). "
+            f"Expected {folder / CONFIG} to be whole, but its gate does not take its init_args ({error}). "
             "Restore or save it again."
         ) from error
     except ValueError:
