@@ -7,13 +7,13 @@ import importlib
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from radargate_pl import __version__
 from radargate_pl.config_places import ConfigError
+from radargate_pl.error_messages import TRACEBACK, plain_cause, print_error
 
 COMMANDS = ("fit", "validate", "test", "predict")
 # Commands that train nothing: each is a program of its own, with its own --help.
@@ -22,8 +22,6 @@ PROGRAMS = {
     "score": "radargate_pl.score_command",
     "harness": "radargate_pl.harness",
 }
-TRACEBACK = "RADARGATE_TRACEBACK"
-_PACKAGE = str(Path(__file__).parent)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -52,10 +50,9 @@ def main(args: Sequence[str] | None = None) -> int:
         _print_mistakes(error)
         return 2
     except Exception as error:
-        message = _message_for_user(error)
-        if wants_traceback or message is None:
+        if wants_traceback:
             raise
-        print(f"radargate: error: {message}\n(the traceback: --debug, or {TRACEBACK}=1)", file=sys.stderr)
+        print_error(error)
         return 1
     return 0
 
@@ -90,20 +87,4 @@ def _print_mistakes(error: ConfigError) -> None:
     count = len(error.mistakes)
     print(f"radargate: {count} mistake{'s' if count > 1 else ''} in the configuration:", file=sys.stderr)
     for mistake in error.mistakes:
-        print("  " + mistake.replace("\n", "\n    "), file=sys.stderr)
-
-
-def _message_for_user(error: BaseException) -> str | None:
-    """The message of an error that is about the input or the disk; None for one that is about the program.
-
-    An error this package raised on purpose counts wherever it hides: jsonargparse wraps what a constructor raises.
-    """
-    current: BaseException | None = error
-    while current is not None:
-        frames = traceback.extract_tb(current.__traceback__)
-        if isinstance(current, ValueError) and frames and frames[-1].filename.startswith(_PACKAGE):
-            return str(current)
-        current = current.__cause__ or current.__context__
-    lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # not there: none of its errors either
-    expected = (OSError, *((lightning.MisconfigurationException,) if lightning else ()))
-    return str(error) if isinstance(error, expected) else None
+        print("  " + plain_cause(mistake).replace("\n", "\n    "), file=sys.stderr)

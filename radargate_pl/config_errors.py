@@ -1,10 +1,11 @@
 """Walks a configuration against the schemas of the classes it names; see ``config_schema``."""
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
+from radargate_pl.config_names import keys_like, keys_named
 from radargate_pl.config_places import ConfigError, Located, shortened
 from radargate_pl.config_schema import (
     Schema,
@@ -13,9 +14,11 @@ from radargate_pl.config_schema import (
     describe,
     find_class,
     leaf_problem,
+    near_names,
     nearest,
     number_key,
     options_of,
+    takes_null,
     takes_number_keys,
     unfilled_variable,
 )
@@ -78,11 +81,15 @@ class ConfigCheck:
             inner = f"{path}.{key}" if path else str(key)
             if key not in schema.keys:
                 owner = f"{schema.title} has no argument" if schema.title else "there is no key"
-                self._complain(child, inner, f"{owner} '{key}'. {nearest(str(key), schema.keys)}")
+                near = self._near(str(key), schema)
+                self._complain(child, inner, f"{owner} '{key}'. {nearest(str(key), schema.keys, near)}")
                 continue
             short = _short(inner)
             self._given.add(short)
-            if short in self.linked:
+            if not takes_null(schema, key, child):
+                what = describe(schema.keys[key])
+                self._complain(child, inner, f"expected {what}, found null. Leave the key out for its default.")
+            elif short in self.linked:
                 self._complain(
                     child, inner, f"is set by the program: it always equals {self.linked[short]}. Remove it."
                 )
@@ -90,6 +97,27 @@ class ConfigCheck:
                 self._group(schema.keys[key], child, inner)
             else:
                 self._value(schema.keys[key], child, inner, schema.defaults.get(key))
+
+    def _near(self, name: str, schema: Schema) -> list[str]:
+        """Keys that were meant: of that name anywhere in the tree, else alike in this group, else alike anywhere."""
+        everywhere = list(self._all_keys(self.root, ""))
+        return keys_named(name, everywhere) or near_names(name, schema.keys) or keys_like(name, everywhere)
+
+    def _all_keys(self, schema: Schema, path: str) -> Iterator[str]:
+        for key, hint in schema.keys.items():
+            inner = f"{path}.{key}" if path else key
+            if inner not in self.linked:
+                yield inner
+            if isinstance(hint, Schema):
+                yield from self._all_keys(hint, inner)
+                continue
+            classes = list(class_options(hint))
+            found = self._in_effect(inner, classes, schema.defaults.get(key)) if classes else None
+            if found is not None:
+                yield from self._all_keys(class_schema(*found), inner)
+            for group in options_of(hint):
+                if isinstance(group, type) and is_dataclass(group):
+                    yield from self._all_keys(class_schema(group, 0), inner)
 
     def _value(self, typehint: Any, node: Located, path: str, default: Any) -> None:
         classes = list(class_options(typehint))

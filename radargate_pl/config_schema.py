@@ -143,10 +143,15 @@ def _titles(bases: Sequence[type]) -> str:
     return " or ".join(base.__name__ for base in bases)
 
 
-def nearest(name: str, known: Mapping[str, Any]) -> str:
-    """``Nearest: a, b.``; where nothing is near, what there is, or how much of it."""
+def near_names(name: str, known: Mapping[str, Any]) -> list[str]:
+    """At most three of the names, those spelt much like this one."""
     lower = {key.lower(): key for key in known}
-    near = [lower[match] for match in get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
+    return [lower[match] for match in get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
+
+
+def nearest(name: str, known: Mapping[str, Any], near: Sequence[str] | None = None) -> str:
+    """``Nearest: a, b.``; where nothing is near, what there is, or how much of it."""
+    near = near_names(name, known) if near is None else near
     if near:
         return f"Nearest: {', '.join(near)}."
     if not known:
@@ -154,6 +159,23 @@ def nearest(name: str, known: Mapping[str, Any]) -> str:
     if len(known) <= _MANY:
         return f"Accepted: {', '.join(sorted(known))}."
     return f"None of its {len(known)} names is near; --help lists them."
+
+
+def drop_empty_groups(source: Located, root: Schema) -> None:
+    """Removes groups such as ``trainer:`` with nothing below them, which would replace those of other files."""
+    for key in [key for key, child in source.value.items() if child.value is None]:
+        if isinstance(root.keys.get(key), Schema):
+            del source.value[key]
+
+
+def takes_null(schema: Schema, key: str, node: Located) -> bool:
+    """Whether nothing, written ``null`` or left empty in a file, is a value of this key."""
+    hint = schema.keys[key]
+    if node.value is not None or node.from_command_line or isinstance(hint, Schema):
+        return True
+    if key not in schema.required and schema.defaults.get(key) is None:
+        return True
+    return any(option in (Any, None, type(None)) for option in options_of(hint))
 
 
 def describe(typehint: Any) -> str:

@@ -24,6 +24,17 @@ class GeneratedText(NamedTuple):
     tokens: int
 
 
+def checked_length(max_new_tokens: int) -> int:
+    """Return the longest answer in tokens.
+
+    Raises:
+        ValueError: for less than one token.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"Expected max_new_tokens to be at least 1, but got {max_new_tokens}.")
+    return max_new_tokens
+
+
 def generate_texts(
     network: GatedNetwork,
     input_ids: Tensor,

@@ -17,12 +17,13 @@ import radargate_pl.data  # noqa: F401 - short names such as "FlanMixture" are f
 from radargate_pl import callbacks
 from radargate_pl.callbacks import Preemption, RunCheckpoint, RunProgressBar
 from radargate_pl.callbacks.input_answers import answers_to_inputs
+from radargate_pl.checkpoint_content import check_content
 from radargate_pl.class_help import LINKS
 from radargate_pl.cli import COMMANDS, PROGRAMS
 from radargate_pl.config_classes import own_defaults
 from radargate_pl.config_errors import ConfigCheck
 from radargate_pl.config_places import COMMAND_LINE, ConfigError, Located
-from radargate_pl.config_schema import nearest, parser_schema
+from radargate_pl.config_schema import drop_empty_groups, nearest, parser_schema
 from radargate_pl.config_sources import CommandLine, drop_replaced, find_config, merge, read_command_line, setting_tree
 from radargate_pl.config_yaml import read_yaml
 from radargate_pl.fitting_prompts import FittingPrompts
@@ -142,6 +143,7 @@ class RadarGateCLI(LightningCLI):
                 is_complete = False
                 continue
             check.read(source)
+            drop_empty_groups(source, check.root)
             merged = merge(merged, source)
             prompts.read(merged)
         for key, text in line.settings:
@@ -157,11 +159,20 @@ class RadarGateCLI(LightningCLI):
         prompts.hand_over(merged, line)
         return merged
 
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if seed is not None and not 0 <= seed < 2**32:
+            raise ConfigError([f"configuration: seed_everything: expected 0 to {2**32 - 1}, found {seed}."])
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Resolves ``--ckpt_path``; nothing in a checkpoint changes the config."""
         if not self.config.get("subcommand"):
             return
         config = self.config[self.config.subcommand]
+        if not config.trainer.default_root_dir:
+            found = f"{config.trainer.default_root_dir!r}"
+            raise ConfigError([f"configuration: trainer.default_root_dir: expected the run folder, found {found}."])
         folder = Path(config.trainer.default_root_dir)
         self._asked = config.get("ckpt_path")
         self._checkpoint = resolve_checkpoint(str(self._asked), folder, self.config.subcommand) if self._asked else None
@@ -170,6 +181,7 @@ class RadarGateCLI(LightningCLI):
         if self._checkpoint is not None and is_gate_folder(self._checkpoint):
             self.trainer_defaults["callbacks"] = [LoadGateFolder(self._checkpoint)]
         elif self._checkpoint is not None:
+            check_content(self._checkpoint, self.config.subcommand)
             config.ckpt_path = str(self._checkpoint)
             if self.config.subcommand != "fit":
                 self.trainer_defaults["callbacks"] = [NameTrainedExperts(self._checkpoint)]

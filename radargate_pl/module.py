@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from radargate_pl.auxiliary_terms import AuxiliaryTerms
 from radargate_pl.benchmark_step import BenchmarkOutput, answer_batch, is_benchmark
 from radargate_pl.checkpoint import restore_network, store_network
-from radargate_pl.generation import generate_texts
+from radargate_pl.generation import checked_length, generate_texts
 from radargate_pl.losses import example_mean_cross_entropy
 from radargate_pl.metrics import TaskScore, TaskScores, named_scores, score_examples
 from radargate_pl.networks import GatedNetwork, LabelledLogits
@@ -62,7 +62,7 @@ class AdaptedLM(LightningModule):
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
         self.lr_multipliers = dict(lr_multipliers)
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = checked_length(max_new_tokens)
         self.auxiliary_losses = AuxiliaryTerms(auxiliary_losses)
         # restore_network compares the keys itself; Lightning's own loading finds nothing left to do
         self.strict_loading = False

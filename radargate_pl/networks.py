@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from radargate_pl.adapters import load_adapters
+from radargate_pl.backbone_identity import identity_of
 from radargate_pl.backbones import load_backbone
 from radargate_pl.block_recomputation import recompute_blocks
 from radargate_pl.chat_template import set_ends, with_configured
@@ -74,6 +75,7 @@ class GatedNetwork(nn.Module):
 
     answer_end: str | None = None
     prompt_date: str | None = None
+    identity = identity_of
 
     def __init__(  # noqa: PLR0913  flat, because these are what a user types
         self,

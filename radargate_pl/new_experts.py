@@ -27,7 +27,7 @@ class NewExperts:
         count: how many experts ``per: mixture`` makes.
 
     Raises:
-        ValueError: for another ``per``, or a rank or count below 1.
+        ValueError: for another ``per``, a rank or count below 1, or an alpha with which no expert acts.
     """
 
     per: Literal["task", "category", "union", "mixture"] = "task"
@@ -46,6 +46,8 @@ class NewExperts:
         for name, value in (("rank", self.rank), ("count", self.count)):
             if value < 1:
                 raise ValueError(f"Expected new_experts.{name} to be at least 1, but got {value}.")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            raise ValueError(f"Expected new_experts.alpha to be a number other than 0, but got {self.alpha}.")
 
     @property
     def scaling(self) -> float:

@@ -274,6 +274,20 @@ class TestOtherCommands:
         assert len(rows) == 3
 
 
+PARTS = """
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+class NoLogger(CSVLogger):
+    def __init__(self):
+        raise RuntimeError("the file store is gone")
+
+class NoCallback(Callback):
+    def __init__(self):
+        raise KeyError("nothing")
+"""
+
+
 class TestErrors:
     WORDS = ("fit", *DEBUG, "--data.tasks", "[nothing.jsonl]")
 
@@ -300,11 +314,47 @@ class TestErrors:
         assert main(["fit", *DEBUG]) == 1
         assert "runs" in capsys.readouterr().err
 
-    def test_errors_of_the_program_are_not_hidden(self, monkeypatch, tmp_path):
+    def test_errors_of_the_program_keep_their_traceback_in_a_file(self, monkeypatch, tmp_path, capsys):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("RADARGATE_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("radargate_pl.lightning_cli.read_yaml", lambda *_: 1 / 0)
+        assert main(["fit", *DEBUG]) == 1
+        (kept,) = (tmp_path / "cache/errors").iterdir()
+        head, place = capsys.readouterr().err.splitlines()
+        assert head == "radargate: error: ZeroDivisionError: division by zero"
+        assert place.startswith("(ZeroDivisionError in ")
+        assert place.endswith(f"; the traceback: {kept})")
+        assert "Traceback" in kept.read_text()
+        assert kept.stat().st_mode & 0o777 == 0o600
+        monkeypatch.setenv("RADARGATE_CACHE", "/dev/null")
+        assert main(["fit", *DEBUG]) == 1
+        assert "Traceback" in capsys.readouterr().err
         with pytest.raises(ZeroDivisionError):
-            main(["fit", *DEBUG])
+            main(["fit", *DEBUG, "--debug"])
+
+    @pytest.mark.parametrize(
+        ("words", "code", "expected"),
+        [
+            (["--trainer.logger", "my_parts.NoLogger"], 1, "my_parts.NoLogger: the file store is gone"),
+            (["--trainer.callbacks", "my_parts.NoCallback"], 1, "my_parts.NoCallback: 'nothing'"),
+            (["--trainer.strategy", "dp"], 1, "You selected an invalid strategy name: `strategy='dp'`."),
+            (["--model.network.new_experts.alpha", "0"], 1, "alpha to be a number other than 0, but got 0.0."),
+            (["--model.max_new_tokens", "0"], 1, "Expected max_new_tokens to be at least 1, but got 0."),
+            (["--model.optimizer.dict_kwargs", "{foo: 1}"], 1, "TypeError: AdamW.__init__() got an unexpected keyword"),
+            (["--seed_everything", "-1"], 2, "seed_everything: expected 0 to 4294967295, found -1."),
+            (["--trainer.default_root_dir", "null"], 2, "default_root_dir: expected the run folder, found None."),
+        ],
+    )
+    def test_a_users_mistake_is_one_sentence(self, monkeypatch, tmp_path, capsys, words, code, expected):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "my_parts", raising=False)
+        (tmp_path / "my_parts.py").write_text(PARTS)
+        assert main(["fit", *DEBUG, *words]) == code
+        lines = capsys.readouterr().err.splitlines()[-2:]
+        assert lines[0].startswith("radargate: ")
+        assert expected in "".join(lines)
+        assert "Union" not in "".join(lines)
 
 
 def test_the_trainers_switches_turn_off_checkpoints_and_progress_bar(tmp_path, monkeypatch):

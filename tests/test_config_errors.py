@@ -109,6 +109,51 @@ def test_one_word(mistakes, words, expected):
     assert expected in mistake
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("lr", "model.optimizer.lr"),
+        ("gate", "model.network.gate"),
+        ("model.learning_rate", "model.optimizer.lr"),
+        ("model.gate", "model.network.gate"),
+        ("epochs", "trainer.max_epochs"),
+        ("batch_size", "data.batch_size"),
+        ("lora_r", "model.network.new_experts.rank"),
+        ("rotation_rank", "model.network.gate.rotation_rank"),
+        ("backbonee", "model.network.backbone"),
+    ],
+)
+def test_the_nearest_key_of_the_whole_tree(mistakes, word, meant):
+    (mistake,) = mistakes(f"--{word}", "1")
+    assert mistake.endswith(f"'{word.rpartition('.')[2]}'. Nearest: {meant}.")
+
+
+def test_null_is_no_value_of_most_keys(mistakes):
+    text = """\
+trainer: {max_steps: null, logger: null, max_time: null}
+model:
+  network: {init_args: {gate: null, backbone: null, execution: null}}
+  lr_scheduler: null
+  optimizer:
+"""
+    assert mistakes(text=text) == [
+        "my.yaml:1: trainer.max_steps: expected int, found null. Leave the key out for its default.",
+        "my.yaml:3: model.network.init_args.gate: expected Gate, found null. Leave the key out for its default.",
+        "my.yaml:3: model.network.init_args.backbone: expected str, found null. Leave the key out for its default.",
+        "my.yaml:5: model.optimizer: expected Optimizer, found null. Leave the key out for its default.",
+    ]
+
+
+def test_an_empty_group_replaces_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my.yaml").write_text("trainer:\n#  max_steps: 3\nmodel:\nseed_everything: 7\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", BASE, "--config", "my.yaml", "--print_config"]) == 0
+    out = capsys.readouterr().out
+    assert "max_steps: 6" in out
+    assert "seed_everything: 7" in out
+    assert "rank: 4" in out
+
+
 def test_what_is_missing(mistakes):
     assert mistakes(base=False) == [
         "configuration: data (a LightningDataModule, by class_path) is required and not given"
