@@ -167,7 +167,7 @@ def test_a_text_token_beyond_the_embedding_is_one_sentence(tmp_path: Path) -> No
         lambda: network(ids, torch.ones_like(ids), ids),
         lambda: network.generate(ids, torch.ones_like(ids), max_new_tokens=1),
     ):
-        with pytest.raises(ValueError, match="Expected token ids below 264, .* a text holds a token with id 264"):
+        with pytest.raises(ValueError, match=r"Expected token ids below 264, .* a text holds a token with id 264"):
             ask()
 
 
