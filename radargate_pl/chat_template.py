@@ -60,6 +60,21 @@ def prints_date(tokenizer: Any) -> bool:
     return first != second
 
 
+def dated_template(tokenizer: Any, day: str | None) -> str | None:
+    """The chat template with its clock set to a day, for those who render it themselves.
+
+    Args:
+        tokenizer: with or without a chat template.
+        day: ISO 8601; today's for None.
+
+    Returns:
+        The default template; ``None`` where there is none, or it asks for no date.
+    """
+    own = tokenizer.chat_template
+    template = own.get("default") if isinstance(own, dict) else own
+    return _on_day(template, day or today()) if template and "strftime_now" in template else None
+
+
 def turn_end(tokenizer: Any) -> int | None:
     """The id of the token that the chat template writes behind an assistant's turn.
 

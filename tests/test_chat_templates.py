@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from radargate_pl import chat_template
@@ -25,14 +28,16 @@ from radargate_pl.chat_template import (
     whole_tokens,
 )
 from radargate_pl.cli import main
-from radargate_pl.data import FlanMixture
+from radargate_pl.data import BenchmarkData, FlanMixture
 from radargate_pl.data.benchmark_encoding import AskedAs, RequestEncoder
 from radargate_pl.data.benchmark_items import Item
 from radargate_pl.data.cache import content_key
+from radargate_pl.data.common_day import take_common_day
 from radargate_pl.data.prompts import RecordEncoder
 from radargate_pl.data.records import BadRecords, Record
 from radargate_pl.data.tokenised_tasks import TokenisedTasks
 from radargate_pl.generation import generate_texts
+from radargate_pl.kept_settings import BEFORE, keep_settings, kept_by
 from radargate_pl.networks import GatedNetwork
 
 TURN = "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
@@ -395,6 +400,86 @@ def test_a_run_keeps_its_day_and_end_through_resume_and_other_commands(home: Pat
     words = ["--config", "fit.yaml", "--ckpt_path", "run", "--trainer.default_root_dir", "predicted"]
     assert main(["validate", *words]) == 0
     assert data_of("predicted/config.yaml")["date"] == "2026-11-30"
+
+
+@pytest.mark.parametrize("end", ["template", "eos"])
+def test_a_checkpoint_and_a_gate_away_from_their_run_still_say_day_and_end(home: Path, clock: Any, end: str) -> None:
+    clock(2026, 11, 30)
+    assert main(["fit", "--config", "fit.yaml", "--data.answer_end", end]) == 0
+    shutil.copy("run/checkpoints/last.ckpt", "alone.ckpt")
+    shutil.copytree("run/gate", "elsewhere/gate")
+    clock(2026, 12, 2)
+    backbone = yaml.safe_load(Path("fit.yaml").read_text())["model"]["network"]["init_args"]["backbone"]
+
+    def arguments() -> Any:
+        return Namespace(data=Namespace(init_args={"date": None, "answer_end": None, "tokenizer": backbone}))
+
+    for place in ("alone.ckpt", "elsewhere/gate", "run/gate", "run/checkpoints/last.ckpt"):
+        keep_settings(config := arguments(), Path(place))
+        assert (config.data.init_args["date"], config.data.init_args["answer_end"]) == ("2026-11-30", end), place
+    (config := arguments()).data.init_args |= {"date": "2026-01-01", "answer_end": "eos"}
+    keep_settings(config, Path("alone.ckpt"))
+    assert config.data.init_args == {"date": "2026-01-01", "answer_end": "eos", "tokenizer": backbone}, "typed"
+
+
+def test_a_checkpoint_and_a_gate_of_an_earlier_version_say_its_end(tmp_path: Path) -> None:
+    old = Path(__file__).parent / "old_runs"
+    found = sorted(old.rglob("*.ckpt"))[0]
+    shutil.copy(found, tmp_path / "alone.ckpt")
+    assert kept_by(tmp_path / "alone.ckpt") == kept_by(found) == BEFORE
+    for gate in old.rglob("gate_config.json"):
+        assert kept_by(gate.parent) == BEFORE
+
+
+class _Processes:
+    """Stands for a trainer of two processes whose first one has another day."""
+
+    world_size = 2
+
+    def __init__(self, day: str) -> None:
+        self.strategy = self
+        self.day = day
+
+    def broadcast(self, _: str) -> str:
+        return self.day
+
+
+def test_all_processes_take_the_day_of_the_first(dated: str, clock: Any, home: Path) -> None:
+    clock(2026, 12, 1)
+    data = FlanMixture("add.jsonl", dated, validation_examples=2, max_length=200)
+    data.prepare_data()
+    data.trainer = _Processes("2026-11-30")  # type: ignore[assignment]
+    data.setup("fit")
+    text = data.encoder.tokenizer.decode(data.encoded["add", "train"].prompt(0))
+    assert (data.date, "30 Nov 2026" in text) == ("2026-11-30", True)
+    other = SimpleNamespace(trainer=_Processes("2026-11-30"), date="2026-11-30")
+    assert not take_common_day(other)
+
+
+def test_a_benchmark_keeps_the_day_of_the_fit_and_shows_it(dated: str, clock: Any, home: Path) -> None:
+    Path("root").mkdir()
+    Path("root/gsm8k.jsonl").write_text('{"question": "1?", "answer": "so #### 1"}\n' * 3)
+    clock(2031, 1, 5)
+    data = BenchmarkData(
+        tasks="gsm8k", tokenizer=dated, root="root", prompt="chat", date="2026-11-30", max_new_tokens=9
+    )
+    assert "prompts dated 2026-11-30" in data.preview(1)
+    prompt = load_tokenizer(dated).decode(data.requests("gsm8k")[0].rows[0].prompt)
+    assert "Today: 30 Nov 2026" in prompt
+    data.trainer = _Processes("2026-12-01")  # type: ignore[assignment]
+    data.setup("test")
+    assert "Today: 01 Dec 2026" in load_tokenizer(dated).decode(data.requests("gsm8k")[0].rows[0].prompt)
+
+
+def test_the_harness_asks_on_the_day_of_the_fit(dated: str, clock: Any) -> None:
+    pytest.importorskip("lm_eval")
+    from radargate_pl.harness_model import GatedHFLM
+
+    network = GatedNetwork(backbone=dated, dtype="float32", experts=[])
+    network.prompt_date = "2026-11-30"
+    clock(2031, 1, 5)
+    model = GatedHFLM(network, None, 1)
+    assert "Today: 30 Nov 2026" in model.apply_chat_template([{"role": "user", "content": "x"}])
 
 
 def test_a_run_of_an_earlier_version_keeps_its_end(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

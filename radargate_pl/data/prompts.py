@@ -65,6 +65,11 @@ class PromptFormat:
         """Whether prompts come from the tokenizer's chat template."""
         return self.prompt == "chat" and bool(self.tokenizer.chat_template)
 
+    @property
+    def prints_date(self) -> bool:
+        """Whether the prompts say which day it is."""
+        return self.uses_chat_template and prints_date(self.tokenizer)
+
     def render(self, source: str) -> str:
         """The prompt of `source` as text."""
         if self.uses_chat_template:
@@ -136,7 +141,7 @@ class RecordEncoder:
 
     def prompt_date(self) -> str | None:
         """The day that prompts are dated, or None where the chat template prints none."""
-        return self.format.date if self.format.uses_chat_template and prints_date(self.tokenizer) else None
+        return self.format.date if self.format.prints_date else None
 
     def key(self) -> str:
         """Hash of everything but the records that token ids depend on."""

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
 from radargate_pl.chat_template import control_tokens
 from radargate_pl.data.cache import Encoded, content_key, read_encoded, write_encoded
 from radargate_pl.data.library import Task
@@ -41,6 +43,8 @@ class TokenisedTasks:
             ValueError: for records that cannot be encoded, all in one message, also where another run that skipped
                 them has filled the cache.
         """
+        if day := self.encoder.prompt_date():
+            rank_zero_info(f"prompts are dated {day}, in this run and every later command of it (data.date)")
         new: dict[str, Encoded] = {}
         for task in tasks:
             self.encoder.say_control_text([record for part in task.records.values() for record in part], task.name)
