@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from radargate_pl.chat_template import control_tokens
 from radargate_pl.data.cache import Encoded, content_key, read_encoded, write_encoded
 from radargate_pl.data.library import Task
 from radargate_pl.data.prompts import RecordEncoder
 from radargate_pl.data.records import BadRecords, Record, Split
+from radargate_pl.data.token_ids import holding
 
 NAMED = 5  # tasks that a message names
 
@@ -41,6 +43,7 @@ class TokenisedTasks:
         """
         new: dict[str, Encoded] = {}
         for task in tasks:
+            self.encoder.say_control_text([record for part in task.records.values() for record in part], task.name)
             for records in task.records.values():
                 key = self._key(records)
                 found = read_encoded(key)
@@ -71,7 +74,9 @@ class TokenisedTasks:
         return encoded
 
     def _key(self, records: Sequence[Record]) -> str:
-        return content_key(records, self._encoder_key)
+        # Earlier versions made control tokens of such answers, and their caches are still there.
+        is_text = holding(self.encoder.answer_texts(records), control_tokens(self.encoder.tokenizer))
+        return content_key(records, self._encoder_key + (" control tokens in answers are text" if is_text else ""))
 
     def _must_refuse(self, found: Encoded, records: Sequence[Record]) -> bool:
         return self.bad_records.policy == "raise" and len(found) < len(records)
