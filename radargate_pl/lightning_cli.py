@@ -76,7 +76,7 @@ class RadarGateCLI(LightningCLI):
     """
 
     def __init__(self, words: Sequence[str]) -> None:
-        self._line = read_command_line(words, COMMANDS)
+        self._line = read_command_line(words, tuple(COMMANDS))
         self._words = list(words)
         super().__init__(
             AdaptedLM,
