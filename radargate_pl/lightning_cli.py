@@ -28,6 +28,7 @@ from radargate_pl.config_yaml import read_yaml
 from radargate_pl.fitting_prompts import FittingPrompts
 from radargate_pl.help_pages import COMMANDS, asks_for_help, check_command
 from radargate_pl.kept_settings import keep_settings
+from radargate_pl.last_lines import fit_lines, predict_lines, score_lines
 from radargate_pl.module import AdaptedLM
 from radargate_pl.networks import GatedNetwork
 from radargate_pl.run_callbacks import LoadGateFolder, NameTrainedExperts, StoreConfig, plain_config
@@ -239,14 +240,26 @@ class RadarGateCLI(LightningCLI):
         print(preview(3))
 
     def after_fit(self) -> None:
-        """Says where everything lies."""
-        if self._get(self.config, "trainer").fast_dev_run:
-            return
-        folder = Path(self.trainer.default_root_dir)
-        rank_zero_info(f"run folder: {folder}\nTensorBoard: tensorboard --logdir {folder}")
-        for name in ("experts", "gate"):
-            if (folder / name).is_dir():
-                rank_zero_info(f"{name}: {folder / name}")
+        """Says the last scores, and where everything lies."""
+        if not self._get(self.config, "trainer").fast_dev_run:
+            _say(fit_lines(self.trainer, self.model.task_results))
+
+    def after_validate(self) -> None:
+        """Says the scores with the number of examples."""
+        _say(score_lines(self.model.task_results, "validation"))
+
+    def after_test(self) -> None:
+        """Says the scores with the number of examples."""
+        _say(score_lines(self.model.task_results, "test"))
+
+    def after_predict(self) -> None:
+        """Says where the answers are."""
+        _say(predict_lines(self.trainer))
+
+
+def _say(lines: Sequence[str]) -> None:
+    if lines:
+        rank_zero_info("\n".join(lines))
 
 
 def _has_value(line: CommandLine, key: str) -> bool:
