@@ -31,8 +31,8 @@ def backbone_misfits(model: nn.Module, lora_A: Mapping[str, Tensor], lora_B: Map
     problems = []
     if absent:
         problems.append(
-            f"It is an adapter for another backbone: layer {absent[0]}{_more(absent)} is not in this "
-            f"{type(model).__name__}, whose linear layers end in {linear_suffixes(model)}."
+            f"{_wrapped(absent, modules) or 'It is an adapter for another backbone'}: layer {absent[0]}{_more(absent)} "
+            f"is not in this {type(model).__name__}, whose linear layers end in {linear_suffixes(model)}."
         )
     if not_linear:
         kind = type(modules[not_linear[0]]).__name__
@@ -112,6 +112,31 @@ def record_misfits(record: Mapping[str, Any], fingerprint: str, backbone_fingerp
             f"delete {EXPERT_FILE} if the change is wanted."
         )
     return problems
+
+
+def _wrapped(absent: list[str], modules: Mapping[str, nn.Module]) -> str:
+    """What to say of layers that would be there under a shorter or longer name."""
+    for path in absent:
+        shorter = path
+        while "." in shorter:
+            _, _, shorter = shorter.partition(".")
+            if shorter in modules:
+                extra = path.removesuffix(shorter)
+                return f"Its layers carry the prefix {extra!r} of a wrapper around the model it was trained in"
+        for name in ("model", "language_model", "transformer", "model.language_model"):
+            if f"{name}.{path}" in modules:
+                return f"Its layers lack the prefix {name + '.'!r}: it was trained on the inner model"
+    return ""
+
+
+def dead_layers(lora_B: Mapping[str, Tensor], scaling: Mapping[str, float]) -> list[str]:
+    """Layers where an expert changes nothing: every number of B is zero, or its scaling is.
+
+    Args:
+        lora_B: module path to (out, r).
+        scaling: module path to the factor after B.
+    """
+    return [path for path, B in lora_B.items() if scaling[path] == 0 or not bool(B.count_nonzero())]
 
 
 def _more(paths: list[str]) -> str:

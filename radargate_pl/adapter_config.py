@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
+LARGEST = 1e30  # of a scaling or a rank: beyond it float32 products are infinite
 
 # What changes the frozen expert and is computed here.
 SUPPORTED = (
@@ -36,6 +38,7 @@ INFORMATIONAL = (
     "task_type",
     "peft_version",
     "lora_dropout",
+    "fan_in_fan_out",  # how the backbone lays out a weight (Conv1D); PEFT corrects a wrong word itself
 )
 # Starting values do not matter once trained, unless they were taken out of the backbone's weights: PiSSA, OLoRA, CorDA,
 # LoftQ and LoRA-GA leave an adapter that is only right beside a changed backbone.
@@ -62,7 +65,9 @@ def read_lora_config(folder: Path) -> LoraConfig:
     if problems:
         raise ValueError("\n".join(problems))
     try:
-        return LoraConfig(**{name: written[name] for name in SUPPORTED if written.get(name) is not None})
+        config = LoraConfig(**{name: written[name] for name in SUPPORTED if not _is_off(written.get(name))})
+        config.base_model_name_or_path = written.get("base_model_name_or_path")
+        return config
     except (TypeError, ValueError) as error:
         raise ValueError(f"Expected {CONFIG_FILE} to be a config that PEFT accepts, but: {error}") from error
 
@@ -100,7 +105,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"Expected a file {file.name}, but there is none; is this a PEFT folder?")
     try:
         written = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Expected {file.name} to be JSON, but it is damaged: {error}.") from error
     if not isinstance(written, dict):
         raise ValueError(f"Expected {file.name} to hold one JSON object, but got a {type(written).__name__}.")
@@ -111,19 +116,41 @@ def _unsupported(written: dict[str, Any]) -> list[str]:
     """One line per field off its default that is not computed here, so also for fields of PEFT releases to come."""
     defaults = _defaults()
     problems = []
+    writer = written.get("peft_version")
     for name, value in written.items():
         if name in SUPPORTED or name in INFORMATIONAL:
             continue
         if name == "init_lora_weights":
             accepted = any(value is harmless or value == harmless for harmless in HARMLESS_INIT)
+        elif name == "ensure_weight_tying":
+            accepted = _is_off(value) or not _names_embedding(written.get("target_modules"))
         elif name in defaults:
-            accepted = value == defaults[name]
+            accepted = value == defaults[name] or (_is_off(value) and _is_off(defaults[name]))
         else:  # a field this PEFT does not know: only what is surely switched off passes
-            accepted = value is None or value is False or value in ({}, [])
-        if not accepted:
-            default = f" (its default is {defaults[name]!r})" if name in defaults else ""
-            problems.append(f"{name} = {value!r} in {CONFIG_FILE} is not supported{default}.")
+            accepted = _is_off(value)
+        if not accepted and name in defaults:
+            problems.append(
+                f"{name} = {value!r} in {CONFIG_FILE} is not supported (its default is {defaults[name]!r})."
+            )
+        elif not accepted:
+            problems.append(
+                f"{name} = {value!r} in {CONFIG_FILE} is not supported: the installed PEFT {version('peft')} does not "
+                f"know this field. The adapter was written by PEFT {writer or 'of an unnamed version'}: upgrade peft "
+                "and radargate-pl, or save the adapter again with an older PEFT."
+            )
     return problems
+
+
+def _is_off(value: object) -> bool:
+    """Whether a field is switched off, however its writer says so: trainers pass their own unset options on."""
+    return value is None or value is False or (isinstance(value, str | list | tuple | set | dict) and not value)
+
+
+def _names_embedding(targets: object) -> bool:
+    """Whether the layers may include one that is tied to another: only then does tying change anything."""
+    if not isinstance(targets, list):
+        return isinstance(targets, str) and targets.lower() != "all-linear"
+    return any(word in str(target) for target in targets for word in ("head", "embed", "wte", "shared"))
 
 
 def _defaults() -> dict[str, Any]:
@@ -144,17 +171,46 @@ def _malformed(written: dict[str, Any]) -> list[str]:
     if not _is_number(rank, int) or rank < 1:
         problems.append(f"Expected r in {CONFIG_FILE} to be a positive whole number, but got {rank!r}.")
     if not _is_number(alpha, (int, float)):
-        problems.append(f"Expected lora_alpha in {CONFIG_FILE} to be a number, but got {alpha!r}.")
+        problems.append(f"Expected lora_alpha in {CONFIG_FILE} to be a finite number, but got {_short(alpha)}.")
     for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         pattern = written.get(name) or {}
         if not isinstance(pattern, dict) or not all(_is_number(value, kind) for value in pattern.values()):
-            problems.append(f"Expected {name} in {CONFIG_FILE} to give numbers per layer, but got {pattern!r}.")
+            problems.append(f"Expected {name} in {CONFIG_FILE} to give numbers per layer, but got {_short(pattern)}.")
     targets = written.get("target_modules")
     is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     if not targets or not (is_list or isinstance(targets, str)):
         problems.append(f"Expected target_modules in {CONFIG_FILE} to be a list or a string, but got {targets!r}.")
+    for name, is_right, expected in (
+        ("exclude_modules", _is_words, "a list or a string"),
+        ("layers_pattern", _is_words, "a list or a string"),
+        ("layers_to_transform", _is_layers, "a number or a list of numbers"),
+        ("use_rslora", lambda value: value is True, "true or false"),
+    ):
+        value = written.get(name)
+        if not _is_off(value) and not is_right(value):
+            problems.append(f"Expected {name} in {CONFIG_FILE} to be {expected}, but got {_short(value)}.")
     return problems
 
 
+def _is_words(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(word, str) for word in value))
+
+
+def _is_layers(value: object) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return all(_is_number(number, int) for number in numbers)
+
+
 def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+    """A finite number, also as float32 and times a little."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return abs(value) < LARGEST  # type: ignore[arg-type]  # false for NaN
+
+
+def _short(value: object, length: int = 60) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write thousands of digits
+        return f"a number of more than {length} digits"
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -9,14 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from radargate_pl.adapter_checks import backbone_misfits, config_misfits, record_misfits
+from radargate_pl.adapter_checks import backbone_misfits, config_misfits, dead_layers, record_misfits
 from radargate_pl.adapter_config import CONFIG_FILE, fingerprinted_fields, read_lora_config, scaling_of
 from radargate_pl.domains import DOMAIN_FILE, read_domain
 from radargate_pl.expert_files import EXPERT_FILE, WEIGHTS_FILE, read_expert_record, read_tensors, save_adapter
 from radargate_pl.fingerprints import fingerprint_state, fingerprint_tensors
 from radargate_pl.hub import hub_error, is_hub_id
+from radargate_pl.layer_patterns import check_patterns
 from radargate_pl.targets import paths_of_config, target_linears
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Adapter:
         lora_B: module path to (out, r).
         shared_A: whether it was saved as one of several experts with one A; those read together hold the same tensors.
         domain: embedding of its training data, (m,) float32, where `radargate_pl.domains` made one.
+        base_model: name of the backbone as PEFT wrote it, where no `expert.json` knows its fingerprint.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Adapter:
     lora_B: dict[str, Tensor]
     shared_A: bool
     domain: Tensor | None = None
+    base_model: str | None = None
 
 
 def resolve_adapters(experts: str | Sequence[str] | Mapping[str, str]) -> dict[str, Path]:
@@ -94,7 +98,36 @@ def load_adapters(
             problems += [f"adapter {name!r} ({folder}): {line}" for line in str(error).splitlines()]
     _raise(problems)
     _share_tensors(adapters)
+    for adapter in adapters:
+        _say_what_is_odd(adapter, getattr(getattr(model, "config", None), "_name_or_path", ""))
     return adapters
+
+
+def fingerprint_of(folder: Path) -> str:
+    """SHA-256 of an adapter's tensors and of what scales them.
+
+    Args:
+        folder: a PEFT folder.
+
+    Raises:
+        ValueError: it is none, or damaged.
+    """
+    return fingerprint_tensors([folder / WEIGHTS_FILE], fingerprinted_fields(read_lora_config(folder)))
+
+
+def _say_what_is_odd(adapter: Adapter, backbone: str) -> None:
+    """One line each for what is no mistake for certain: an expert that does nothing, another base model's name."""
+    dead = dead_layers(adapter.lora_B, adapter.scaling)
+    if len(dead) == len(adapter.lora_B):
+        rank_zero_warn(
+            f"expert {adapter.name!r} ({adapter.folder}) changes nothing: all of its B are zero, or its lora_alpha is. "
+            "It was never trained, or its trained weights were not what was saved."
+        )
+    elif dead:
+        rank_zero_info(f"expert {adapter.name!r} changes nothing in {len(dead)} layers (zero B), e.g. {dead[0]}")
+    named = adapter.base_model
+    if named and backbone and Path(named).name.lower() != Path(str(backbone)).name.lower():
+        rank_zero_info(f"expert {adapter.name!r} names the base model {named}; it is used over {backbone}")
 
 
 def _raise(problems: list[str]) -> None:
@@ -144,7 +177,7 @@ def _in_folder(parent: Path, problems: list[str]) -> dict[str, Path]:
     # Names with a dot in front are half-written or hidden folders.
     for folder in sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith(".")):
         if not (folder / CONFIG_FILE).is_file():
-            problems.append(f"The folder {str(folder)!r} has no {CONFIG_FILE}: move it elsewhere, or restore the file.")
+            problems += _no_adapter(folder)
         elif _name(folder.name) in folders:
             problems.append(f"Two folders in {str(parent)!r} give the name {_name(folder.name)!r}: rename one.")
         else:
@@ -154,6 +187,22 @@ def _in_folder(parent: Path, problems: list[str]) -> dict[str, Path]:
         hint = f" Did you mean {str(inside)!r}?" if inside.is_dir() else ""
         problems.append(f"The folder {str(parent)!r} holds no PEFT folders.{hint}")
     return folders
+
+
+def _no_adapter(folder: Path) -> list[str]:
+    """What is wrong with a folder among adapters that is none; nothing if it holds no part of one (event files)."""
+    inside = sorted((path.parent for path in folder.glob(f"*/{CONFIG_FILE}")), key=_number_at_the_end)
+    if inside:
+        return [f"The folder {str(folder)!r} has no {CONFIG_FILE}, but {str(inside[-1])!r} has: give that one by name."]
+    if any(folder.glob("adapter_*")) or any(folder.glob("*.safetensors")):
+        return [f"The folder {str(folder)!r} has no {CONFIG_FILE}: move it elsewhere, or restore the file."]
+    rank_zero_info(f"{folder} holds no adapter and is left out")
+    return []
+
+
+def _number_at_the_end(folder: Path) -> tuple[int, str]:
+    digits = re.search(r"\d+$", folder.name)
+    return int(digits[0]) if digits else -1, folder.name
 
 
 def _name(where: str) -> str:
@@ -183,9 +232,10 @@ def _load(name: str, folder: Path, model: nn.Module, backbone_fingerprint: str |
     if config is None or tensors is None:
         raise ValueError("\n".join(problems))
     lora_A, lora_B = tensors
+    check_patterns(config, model)
     problems += backbone_misfits(model, lora_A, lora_B)
     problems += config_misfits(config, lora_A, paths_of_config(model, config))
-    fingerprint = fingerprint_tensors([folder / WEIGHTS_FILE], fingerprinted_fields(config))
+    fingerprint = fingerprint_of(folder)
     if record is not None:
         problems += record_misfits(record, fingerprint, backbone_fingerprint)
     domain = _tried(partial(read_domain, backbone_fingerprint=backbone_fingerprint), folder, problems)
@@ -194,7 +244,8 @@ def _load(name: str, folder: Path, model: nn.Module, backbone_fingerprint: str |
     hash_of_A = None if record is None else record["shared_A"]
     shared_A = hash_of_A is not None and hash_of_A == fingerprint_state(lora_A)  # reads every page
     scaling = {path: scaling_of(config, path) for path in lora_A}
-    return Adapter(name, folder, fingerprint, scaling, lora_A, lora_B, shared_A, domain)
+    base_model = config.base_model_name_or_path if record is None else None
+    return Adapter(name, folder, fingerprint, scaling, lora_A, lora_B, shared_A, domain, base_model)
 
 
 def _tried(read: Callable[[Path], T], folder: Path, problems: list[str]) -> T | None:

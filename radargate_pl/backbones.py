@@ -62,6 +62,7 @@ def load_backbone(
     import transformers
 
     from radargate_pl.quantization import loading_errors, loading_options, multiply_exactly
+    from radargate_pl.transposed_linear import with_ordinary_linears
 
     weights_dtype = _weights_dtype(dtype)
     where, gguf = _located(backbone)
@@ -80,6 +81,7 @@ def load_backbone(
         )
     if gguf:
         smollm2.forget_quantization(model)
+    with_ordinary_linears(model)
     multiply_exactly(model, weights_dtype)
     model.requires_grad_(False).eval()
     folder = None if gguf else _model_folder(where)

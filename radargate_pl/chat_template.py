@@ -1,12 +1,17 @@
 """Chat templates: a prompt as the model's own turns, on one fixed date, and the token that closes a turn (layer 3)."""
 
+import re
 from collections.abc import Iterable
 from datetime import date, datetime
+from functools import lru_cache
 from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 # An answer that no template writes by itself; what follows it closes the turn.
 _ANSWER = "Qv7answerZk"
-_CODES = "aAbBcdDeFgGhHIjmMpPrRSTuUVwWxXyY"  # what strftime can print of a day
+_CODE = re.compile(r"%[-_^#0]?[A-Za-z%]")  # what strftime fills in
+_DRAWS = re.compile(r"\|\s*random\b")
 _DAYS = (date(2001, 2, 3), date(2022, 11, 24))
 
 
@@ -55,6 +60,21 @@ def prints_date(tokenizer: Any) -> bool:
     return first != second
 
 
+def dated_template(tokenizer: Any, day: str | None) -> str | None:
+    """The chat template with its clock set to a day, for those who render it themselves.
+
+    Args:
+        tokenizer: with or without a chat template.
+        day: ISO 8601; today's for None.
+
+    Returns:
+        The default template; ``None`` where there is none, or it asks for no date.
+    """
+    own = tokenizer.chat_template
+    template = own.get("default") if isinstance(own, dict) else own
+    return _on_day(template, day or today()) if template and "strftime_now" in template else None
+
+
 def turn_end(tokenizer: Any) -> int | None:
     """The id of the token that the chat template writes behind an assistant's turn.
 
@@ -67,15 +87,16 @@ def turn_end(tokenizer: Any) -> int | None:
     """
     if not tokenizer.chat_template:
         return None
-    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": _ANSWER}]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = _rendered(tokenizer, turns, _DAYS[0].isoformat(), opens=False)
     except ValueError:  # said where a prompt is rendered
         return None
     _, found, rest = text.rpartition(_ANSWER)
     rest = rest.lstrip()
-    behind = [token for token in control_tokens(tokenizer) if found and rest.startswith(token)]
-    return control_tokens(tokenizer)[max(behind, key=len)] if behind else None
+    whole = whole_tokens(tokenizer)
+    behind = [token for token in whole if found and rest.startswith(token)]
+    return whole[max(behind, key=len)] if behind else None
 
 
 def end_token(tokenizer: Any, is_chat: bool) -> int:
@@ -111,6 +132,29 @@ def with_configured(ends: Iterable[int], configured: int | list[int] | None) -> 
     return tuple(sorted({int(number) for number in (*ends, *named)}))
 
 
+def set_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Let every generation of a model stop where its answers end, also one that goes past `GatedNetwork.generate`.
+
+    Args:
+        model: its generation configuration is changed in place, and stays as it is where it names these ends already.
+        tokenizer: of the model.
+
+    Returns:
+        The ends that the tokenizer and its chat template name.
+    """
+    settings, own = model.generation_config, end_tokens(tokenizer)
+    ends = with_configured(own, settings.eos_token_id)
+    if set(with_configured((), settings.eos_token_id)) != set(ends):
+        settings.eos_token_id = list(ends)
+    if getattr(settings, "forced_eos_token_id", None) is not None:
+        settings.forced_eos_token_id = None
+        rank_zero_info(
+            "forced_eos_token_id of the backbone's generation settings is not applied: an answer that max_new_tokens "
+            "cuts keeps its last token and has no end."
+        )
+    return own
+
+
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], day: str, opens: bool) -> str:
     try:
         template = _on_day(tokenizer.get_chat_template(), day)
@@ -123,23 +167,41 @@ def _rendered(tokenizer: Any, turns: list[dict[str, str]], day: str, opens: bool
     return str(text)
 
 
+@lru_cache(maxsize=32)
 def _on_day(template: str, day: str) -> str:
     """The template with a clock that stands: transformers gives templates no other date than that of this moment."""
+    if _DRAWS.search(template):
+        raise ValueError("it draws at random, so that no two runs had the same prompts")
     if "strftime_now" not in template:
         return template
-    then, text = datetime.fromisoformat(day), "format"
-    for code in [f"%{flag}{letter}" for letter in _CODES for flag in ("-", "")]:
-        text += f".replace('{code}', '{then.strftime(code)}')"
+    then, text = datetime.fromisoformat(day), "format.replace('%%', '\x00')"
+    for code in sorted(set(_CODE.findall(template)) - {"%%"}):
+        text += f".replace('{code}', {then.strftime(code)!r})"
     # The last piece prints nothing; behind a block, Jinja would drop a line break that the template begins with.
-    return f"{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
+    clock = f"{text}.replace('\x00', '%')"
+    return f"{{% macro strftime_now(format) %}}{{{{ {clock} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
 
 
-def control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Tokens that a text becomes whole wherever it stands, such as ``</s>``: their text, and their ids.
+def whole_tokens(tokenizer: Any) -> dict[str, int]:
+    """Tokens that a text becomes whole wherever it stands, such as ``</s>`` or ``<think>``: their text, and their ids.
 
     Args:
         tokenizer: of the model.
     """
     added = {str(token): int(number) for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
-    special = {str(token): int(tokenizer.convert_tokens_to_ids(str(token))) for token in tokenizer.all_special_tokens}
-    return {text: number for text, number in {**added, **special}.items() if text.strip()}
+    return {text: number for text, number in {**added, **_named(tokenizer)}.items() if text.strip()}
+
+
+def control_tokens(tokenizer: Any) -> dict[str, int]:
+    """Those of `whole_tokens` that stand for no text: start, end, padding and the like; not ``<think>`` or ``<table>``.
+
+    Args:
+        tokenizer: of the model.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    special = {str(token): int(number) for number, token in added if getattr(token, "special", False)}
+    return {text: number for text, number in {**special, **_named(tokenizer)}.items() if text.strip()}
+
+
+def _named(tokenizer: Any) -> dict[str, int]:
+    return {str(token): int(tokenizer.convert_tokens_to_ids(str(token))) for token in tokenizer.all_special_tokens}

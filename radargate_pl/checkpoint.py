@@ -1,5 +1,6 @@
 """What a checkpoint says about its network, and the strict check before it is read back."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -7,6 +8,8 @@ from urllib.parse import unquote
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+
+from radargate_pl.backbone_identity import check_identity
 
 FORMAT_VERSION = 1
 SECTION = "radargate"
@@ -23,6 +26,9 @@ class Checkpointed(Protocol):
 
     def describe(self) -> str:
         """The gate in one line."""
+
+    def identity(self) -> dict[str, Any]:
+        """What of the backbone changes its numbers besides the weights."""
 
     def checkpoint_state(self) -> dict[str, Tensor]:
         """What trains and what gates keep beside it, by the names of the file format."""
@@ -49,6 +55,7 @@ def store_network(checkpoint: dict[str, Any], network: Checkpointed) -> None:
             "backbone": str(network.fingerprints["backbone"]),
             "experts": {str(name): str(value) for name, value in network.fingerprints["experts"].items()},
         },
+        "identity": json.dumps(network.identity()),
     }
 
 
@@ -87,6 +94,8 @@ def restore_network(checkpoint: Mapping[str, Any], network: Checkpointed, *, is_
             + "\n".join(f"  - {problem}" for problem in problems)
             + "\nUse the config.yaml that lies in the checkpoint's run folder, or start a new run without --ckpt_path"
         )
+    identity = saved.get("identity")
+    check_identity(identity and json.loads(identity), network.identity(), "the checkpoint")
     network.load_checkpoint_state(checkpoint["state_dict"])
 
 

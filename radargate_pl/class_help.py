@@ -8,10 +8,10 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule
 
-from radargate_pl.cli import COMMANDS
 from radargate_pl.config_places import COMMAND_LINE, ConfigError
 from radargate_pl.config_schema import find_class, named_classes, nearest
 from radargate_pl.gates import Gate
+from radargate_pl.help_pages import COMMANDS
 from radargate_pl.networks import GatedNetwork
 
 # The data's tokenizer is always the backbone's.

@@ -14,14 +14,7 @@ from pathlib import Path
 from radargate_pl import __version__
 from radargate_pl.config_places import ConfigError
 from radargate_pl.error_messages import TRACEBACK, plain_cause, print_error
-
-COMMANDS = ("fit", "validate", "test", "predict")
-# Commands that train nothing: each is a program of its own, with its own --help.
-PROGRAMS = {
-    "doctor": "radargate_pl.doctor",
-    "score": "radargate_pl.score_command",
-    "harness": "radargate_pl.harness",
-}
+from radargate_pl.help_pages import PROGRAMS, asks_for_help, check_command, quick_answer, straightened
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -35,13 +28,15 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     wants_traceback = "--debug" in words or os.environ.get(TRACEBACK, "0") not in ("", "0")
-    words = [word for word in words if word != "--debug"]
+    words = straightened([word for word in words if word != "--debug"])
     try:
         if words[:1] == ["--version"]:
             print(f"radargate-pl {__version__}")
         elif words and words[0] in PROGRAMS:
-            program: Callable[[list[str]], int] = importlib.import_module(PROGRAMS[words[0]]).main
+            program: Callable[[list[str]], int] = importlib.import_module(PROGRAMS[words[0]][0]).main
             return program(words[1:])
+        elif (page := quick_answer(words)) is not None:
+            print(page, end="")
         else:
             _run(words)
     except SystemExit as done:  # argparse's way to end after --help and --print_config
@@ -58,6 +53,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> None:
+    if not asks_for_help(words):
+        check_command(words)
     _quieten()
     # A config may name classes of a file in the working directory (`class_path: my_gates.MyGate`), which an installed
     # script does not search; last, so that nothing there can take the place of an installed package.
@@ -67,7 +64,9 @@ def _run(words: list[str]) -> None:
     from radargate_pl.lightning_cli import RadarGateCLI
 
     name = class_to_explain(words)
-    if name is None:
+    if name == "all":
+        RadarGateCLI([word for word in words if word != "all"])
+    elif name is None:
         RadarGateCLI(words)
     else:
         print_class_help(name)
@@ -88,3 +87,7 @@ def _print_mistakes(error: ConfigError) -> None:
     print(f"radargate: {count} mistake{'s' if count > 1 else ''} in the configuration:", file=sys.stderr)
     for mistake in error.mistakes:
         print("  " + plain_cause(mistake).replace("\n", "\n    "), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,7 +50,7 @@ def start_ids(model: PreTrainedModel, tokenizer: Any, words: Sequence[str]) -> t
     start = tuple(_id_of(word, tokenizer) for word in words) or _own_start(model)
     settings.decoder_start_token_id = start[0]
     settings.eos_token_id = tokenizer.eos_token_id
-    settings.forced_bos_token_id = settings.forced_eos_token_id = None  # an answer that is cut has no end
+    settings.forced_bos_token_id = None  # `start` holds it
     return start
 
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "adapter_model.safetensors"
 EXPERT_FILE = "expert.json"
 FORMAT_VERSION = 1
-TENSOR_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
+OURS = (CONFIG_FILE, WEIGHTS_FILE, EXPERT_FILE, "domain.safetensors", "README.md")
+# With the adapter's name in it (lora_A.default.weight) where the model itself was saved instead of the adapter.
+TENSOR_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
 
 def save_adapter(
@@ -67,7 +69,7 @@ def save_adapter(
     config = _config(lora_A, lora_B, alpha, rank, use_rslora, target_modules)
     config.base_model_name_or_path, config.task_type, config.inference_mode = backbone, task_type, True
     tensors = {peft_key(path, side): t for side, ts in (("A", lora_A), ("B", lora_B)) for path, t in ts.items()}
-    with replacing_folder(folder) as new:
+    with replacing_folder(folder, ours=OURS) as new:
         copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
         (new / WEIGHTS_FILE).write_bytes(save(copies, metadata={"format": "pt"}))
         config.save_pretrained(str(new))
@@ -138,16 +140,41 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         raise ValueError(
             f"Expected {WEIGHTS_FILE} to be whole, but it is damaged: {error}. Fetch or save it again."
         ) from error
+    return _halves(tensors)
+
+
+def _halves(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Module path to A, and to B, of what a file holds; see `read_tensors`."""
     halves: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
-    unknown = []
+    unknown, adapters = [], set()
+    if empty := [key for key, tensor in tensors.items() if not tensor.numel()]:
+        raise ValueError(
+            f"{len(empty)} of {len(tensors)} tensors in {WEIGHTS_FILE} are empty, the first is {empty[0]}: the adapter "
+            "was saved under DeepSpeed ZeRO-3, which leaves pieces of weights on other processes. Save it with the "
+            "weights gathered (stage3_gather_16bit_weights_on_model_save, or accelerator.get_state_dict)."
+        )
     for key, tensor in tensors.items():
         match = TENSOR_KEY.fullmatch(key)
         if match is None or tensor.dim() != 2 or not tensor.is_floating_point():
             unknown.append(f"{key} {tuple(tensor.shape)}")
         else:
             halves[match["side"]][match["path"]] = tensor
+            adapters.add(match["adapter"])
+    if len(adapters) > 1:
+        names = ", ".join(sorted(str(name) for name in adapters))
+        raise ValueError(f"{WEIGHTS_FILE} holds several adapters ({names}): save each into a folder of its own.")
     _check_halves(halves["A"], halves["B"], unknown)
+    if broken := [path for path, A in halves["A"].items() if not _is_finite(A, halves["B"][path])]:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise ValueError(
+            f"{WEIGHTS_FILE} holds NaN or infinity in layer {broken[0]}{more}: its training went wrong. Take "
+            "an earlier checkpoint of it, or train it again with a lower learning rate."
+        )
     return halves["A"], halves["B"]
+
+
+def _is_finite(*tensors: Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _old_file(folder: Path) -> Path:
@@ -160,13 +187,26 @@ def _check_halves(lora_A: dict[str, Tensor], lora_B: dict[str, Tensor], unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         problems.append(
             f"{WEIGHTS_FILE} holds tensors that are no LoRA of a linear layer: {', '.join(unknown[:3])}{more}."
+            f"{_other_prefix(unknown[0])}"
         )
+        if not lora_A:  # what follows would only repeat it
+            raise ValueError(problems[0])
     try:
         _check_tensors(lora_A, lora_B)
     except ValueError as error:
         problems.append(f"{WEIGHTS_FILE}: {error}")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _other_prefix(key: str) -> str:
+    """What to do where keys of a LoRA begin otherwise than PEFT's."""
+    if ".lora_" not in key or key.startswith("base_model.model."):
+        return ""
+    return (
+        f" Keys of PEFT begin with base_model.model., but this one with {key.partition('.')[0]}.: the adapter was "
+        "saved from inside a wrapper. Save it with save_pretrained of the PeftModel itself."
+    )
 
 
 def peft_key(path: str, side: str) -> str:

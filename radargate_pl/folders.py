@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from radargate_pl.cache_folder import make_shared_folder, umask
+
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path, ours: Collection[str] | None = None) -> Iterator[Path]:
     """Give an empty folder to write into; it takes the place of `folder` only once everything is written.
 
     Whatever goes wrong inside (a full disk, an interrupt) leaves the old `folder` as it was.
 
     Args:
         folder: the folder to make or to replace.
+        ours: names that may be replaced or removed; everything else in the old folder is somebody's and stays. None
+            where the whole folder is ours.
 
     Yields:
         A temporary folder beside it, on the same disk.
@@ -28,9 +32,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     folder.parent.mkdir(parents=True, exist_ok=True)
+    find_replaced(folder)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.new-"))
     try:
         yield temporary
+        if ours is not None and folder.is_dir():
+            _keep_others(folder, temporary, ours)
         _finish(temporary)
         _move(temporary, folder)
     except (OSError, SafetensorError) as error:
@@ -38,6 +45,44 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         raise OSError(f"Could not write the folder {folder}: {error}.{before}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def find_replaced(folder: Path) -> bool:
+    """Put an older folder back where a process was killed between moving it away and moving the new one in.
+
+    Args:
+        folder: what was to be replaced.
+
+    Returns:
+        Whether there was such a folder.
+    """
+    if folder.exists() or not folder.parent.is_dir():
+        return False
+    moved = [path for path in folder.parent.glob(f".{folder.name}.old-*") if path.is_dir() and any(path.iterdir())]
+    if not moved:
+        return False
+    max(moved, key=lambda path: path.stat().st_mtime).rename(folder)
+    return True
+
+
+def _keep_others(old: Path, new: Path, ours: Collection[str]) -> None:
+    for entry in old.iterdir():
+        target = new / entry.name
+        if entry.is_dir() and target.is_dir():  # experts/ beside a gate: those that are not written again
+            _keep_others(entry, target, ())
+        elif entry.name not in ours and not target.exists():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, target, symlinks=True, copy_function=_link)
+            else:
+                _link(entry, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name of a file, which takes no room; a copy where the disk has none."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def folder_made_once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -51,18 +96,12 @@ def folder_made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         return folder
     from filelock import FileLock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    make_shared_folder(folder.parent)
+    with FileLock(folder.parent / f".{folder.name}.lock", mode=0o666 & ~umask()):
         if not folder.is_dir():  # another process may have made it while this one waited
             with replacing_folder(folder) as temporary:
                 make(temporary)
     return folder
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _finish(folder: Path) -> None:
@@ -70,8 +109,10 @@ def _finish(folder: Path) -> None:
 
     Without the second a power loss after the rename can leave empty files with the right names.
     """
-    mask = _umask()
+    mask = umask()
     for path in (folder, *folder.rglob("*")):
+        if path.is_symlink() or (path.stat().st_nlink > 1 and path.is_file()):
+            continue  # another's, kept as it is
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         if path.is_file():
             with path.open("rb") as file:

@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from radargate_pl import __version__
-from radargate_pl.adapters import resolve_adapters
+from radargate_pl.adapters import fingerprint_of, resolve_adapters
 from radargate_pl.arguments import spec_of
+from radargate_pl.backbone_identity import check_identity, identity_of
 from radargate_pl.backbones import load_backbone
 from radargate_pl.class_specs import factory_of
 from radargate_pl.execution import Execution
 from radargate_pl.expert_library import save_experts
 from radargate_pl.fingerprints import check_fingerprint
 from radargate_pl.folders import replacing_folder
+from radargate_pl.gate_fields import check_numbers, malformed_fields
 from radargate_pl.joining_experts import with_new_experts, with_new_rows, without_new_experts
 
 if TYPE_CHECKING:
@@ -52,12 +54,13 @@ def save_gate(network: "GatedNetwork", folder: Path, *, include_experts: bool = 
             f"Expected the folder {folder} to be new, empty or an older gate folder, but it holds something else. "
             "Nothing was written; choose another folder."
         )
+    _check_experts_inside(network, folder / EXPERTS, include_experts)
     lie_inside = any(adapter.folder.resolve().is_relative_to(folder.resolve()) for adapter in network.adapters)
-    with replacing_folder(folder) as new:
+    with replacing_folder(folder, ours=(CONFIG, TENSORS, "README.md")) as new:
         fingerprints = dict(network.fingerprints)
         if include_experts or lie_inside or network.train_part != "gate":
             fingerprints["experts"] = save_experts(network, new / EXPERTS)
-        config = _config(network, folder) | {"fingerprints": fingerprints}
+        config = _config(network, folder) | {"fingerprints": fingerprints, "identity": identity_of(network)}
         save_file(_gate_tensors(network), new / TENSORS)
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (new / "README.md").write_text(_card(config), encoding="utf-8")
@@ -108,6 +111,11 @@ def load_gate(
     built["decoder_start"] = config.get("decoder_start", [])
     try:
         network = GatedNetwork(backbone=source, experts=found, **built, **loading)
+    except TypeError as error:
+        raise ValueError(
+            f"Expected {folder / CONFIG} to be whole, but its gate does not take its init_args ({error}). "
+            "Restore or save it again."
+        ) from error
     except ValueError:
         # Another backbone or library mostly fails to fit in some detail; then that it is another one is what helps.
         saved = config["fingerprints"]
@@ -118,6 +126,7 @@ def load_gate(
         raise
     check_fingerprints(config["fingerprints"], without_new_experts(network.fingerprints, add_experts or {}))
     saved = read_gate_tensors(folder)
+    check_identity(config.get("identity"), identity_of(network), f"the gate in {folder}")
     network.answer_end, network.prompt_date = config.get("answer_end"), config.get("prompt_date")
     network.load_gate_state(with_new_rows(saved, network.gate_state()) if add_experts else saved)
     return network.eval()
@@ -130,11 +139,13 @@ def read_gate_tensors(folder: Path) -> dict[str, Tensor]:
         ValueError: when the file is damaged.
     """
     try:
-        return load_file(folder / TENSORS)
+        tensors = load_file(folder / TENSORS)
     except SafetensorError as error:
         raise ValueError(
             f"Expected {folder / TENSORS} to be whole, but it is damaged: {error}. Fetch or save the gate again."
         ) from error
+    check_numbers(tensors, str(folder / TENSORS))
+    return tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -149,13 +160,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"Expected a gate folder with {CONFIG} and {TENSORS}, but {folder} has no {missing[0]}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"Expected {path} to be whole, but it is damaged: {error}. Restore or save it again."
         ) from error
     if not isinstance(config, dict):
         raise ValueError(f"Expected {path} to be whole, but it is damaged: no JSON object. Restore or save it again.")
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") is True or config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"Expected {path} to have format_version {FORMAT_VERSION}, but found {config.get('format_version')!r}. "
             "Use the version of radargate-pl that wrote it."
@@ -163,6 +174,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     absent = [key for key in ("gate", "combine", "backbone", "experts", "fingerprints") if key not in config]
     if absent:
         raise ValueError(f"Expected {path} to be whole, but {absent} are missing. Restore or save it again.")
+    if wrong := malformed_fields(config):
+        raise ValueError(f"Expected {path} to be whole, but it is damaged: {wrong}. Restore or save it again.")
     return config
 
 
@@ -187,6 +200,19 @@ def _check_order(expected: list[str], found: list[str]) -> None:
         raise ValueError(
             f"Expected the experts this gate was fitted with, {expected} in this order, but found {found}."
         )
+
+
+def _check_experts_inside(network: "GatedNetwork", folder: Path, include_experts: bool) -> None:
+    """Refuse to leave experts inside a gate folder that are others than the gate's: they would be loaded with it."""
+    if include_experts or network.train_part != "gate":
+        return
+    for adapter in network.adapters:
+        inside = folder / adapter.name
+        if inside.is_dir() and fingerprint_of(inside) != adapter.fingerprint:
+            raise ValueError(
+                f"Expected {folder} to hold no other experts than this gate's, but {adapter.name!r} there is another "
+                "one. Nothing was written; choose another folder, or include_experts=True."
+            )
 
 
 def _gate_tensors(network: "GatedNetwork") -> dict[str, Tensor]:

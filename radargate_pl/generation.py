@@ -75,7 +75,9 @@ def generate_texts(
     for ids, end in zip(new.tolist(), ends.lengths, strict=True):
         length = next((place + 1 for place, token in enumerate(ids) if token in end_tokens), len(ids))
         length = length if end is None else min(length, end)
-        texts.append(GeneratedText(before_stop(tokenizer.decode(ids[:length], skip_special_tokens=True), stop), length))
+        # An end that the tokenizer does not know for a special token would be decoded as text.
+        shown = ids[: length - 1] if length and ids[length - 1] in end_tokens else ids[:length]
+        texts.append(GeneratedText(before_stop(tokenizer.decode(shown, skip_special_tokens=True), stop), length))
     return texts
 
 

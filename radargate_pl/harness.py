@@ -193,6 +193,7 @@ def _provenance(network: "GatedNetwork", options: argparse.Namespace) -> dict[st
         "expert": options.expert,
         "backbone": network.backbone_source,
         "decoder_start": network.decoder_start,
+        "prompt_date": network.prompt_date,
         "dtype": str(network.backbone.dtype).removeprefix("torch."),
         "fingerprints": network.fingerprints,
     }

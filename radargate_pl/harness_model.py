@@ -6,6 +6,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from radargate_pl.chat_template import dated_template
 from radargate_pl.decoder_start import decoder_inputs, first_ids
 from radargate_pl.greedy import with_plain_greedy
 from radargate_pl.networks import GatedNetwork
@@ -23,7 +24,15 @@ class GatedHFLM(HFLM):
     def __init__(self, network: GatedNetwork, expert: int | None, batch_size: int | str) -> None:
         self.network, self.expert = network, expert
         backend = "seq2seq" if network.is_encoder_decoder else "causal"
-        super().__init__(network.backbone, backend, tokenizer=network.tokenizer, batch_size=batch_size)
+        template = dated_template(network.tokenizer, network.prompt_date)
+        super().__init__(
+            network.backbone,
+            backend,
+            tokenizer=network.tokenizer,
+            batch_size=batch_size,
+            # The day of the fit, not the clock's.
+            chat_template_args=None if template is None else {"chat_template": template},
+        )
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         self._prepare(len(inps))

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from radargate_pl.chat_template import today
+from radargate_pl.chat_template import today, turn_end
+from radargate_pl.checkpoint import load_checkpoint
 from radargate_pl.run_folder import CONFIG, is_gate_folder
 
 # What versions before these settings did, whose folders do not name them.
@@ -26,6 +27,9 @@ def keep_settings(config: Any, checkpoint: Path | None) -> None:
     if not arguments:
         return
     kept = {} if checkpoint is None else kept_by(checkpoint)
+    token = kept.get("end")
+    if token is not None and arguments.get("answer_end", token) is None:
+        kept["answer_end"] = _rule_for(token, arguments["tokenizer"])
     for name, start in AT_THE_START.items():
         if name in arguments and arguments[name] is None:
             given = kept.get(name)
@@ -37,14 +41,34 @@ def kept_by(checkpoint: Path) -> dict[str, Any]:
 
     Args:
         checkpoint: a file in ``RUN/checkpoints``, or a gate folder.
+
+    Returns:
+        ``date`` and ``answer_end``; where it lies in no run folder, ``date`` and ``end``, the token or its id.
     """
     if is_gate_folder(checkpoint):
         found = _read(checkpoint / "gate_config.json")
         if "answer_end" not in found:
             return dict(BEFORE)
-        beside = _data_of(checkpoint.parent / CONFIG)
+        beside = _data_of(checkpoint.parent / CONFIG) or {"end": found["answer_end"]}
         return {**beside, **({"date": found["prompt_date"]} if found.get("prompt_date") else {})}
-    return _data_of(checkpoint.parent.parent / CONFIG)
+    return _data_of(checkpoint.parent.parent / CONFIG) or _held_by(checkpoint)
+
+
+def _held_by(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint that was copied out of its run folder says itself."""
+    loops = load_checkpoint(str(checkpoint)).get("loops", {})
+    loaders = loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
+    facts = [loader["contents"]["encoding"] for loader in loaders if isinstance(loader, dict) and "contents" in loader]
+    return {"date": facts[0]["date"], "end": facts[0]["answer_end"]} if facts else dict(BEFORE)
+
+
+def _rule_for(token: str | int, tokenizer: str) -> str:
+    """Which rule makes this token the end of an answer."""
+    from radargate_pl.backbones import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    end = turn_end(loaded)
+    return "template" if end is not None and token in (end, loaded.convert_ids_to_tokens(end)) else "eos"
 
 
 def _data_of(path: Path) -> dict[str, Any]:

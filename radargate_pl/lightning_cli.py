@@ -17,16 +17,18 @@ import radargate_pl.data  # noqa: F401 - short names such as "FlanMixture" are f
 from radargate_pl import callbacks
 from radargate_pl.callbacks import Preemption, RunCheckpoint, RunProgressBar
 from radargate_pl.callbacks.input_answers import answers_to_inputs
+from radargate_pl.checkpoint_content import check_content
 from radargate_pl.class_help import LINKS
-from radargate_pl.cli import COMMANDS, PROGRAMS
 from radargate_pl.config_classes import own_defaults
 from radargate_pl.config_errors import ConfigCheck
-from radargate_pl.config_places import COMMAND_LINE, ConfigError, Located
-from radargate_pl.config_schema import drop_empty_groups, nearest, parser_schema
+from radargate_pl.config_places import ConfigError, Located
+from radargate_pl.config_schema import drop_empty_groups, parser_schema
 from radargate_pl.config_sources import CommandLine, drop_replaced, find_config, merge, read_command_line, setting_tree
 from radargate_pl.config_yaml import read_yaml
 from radargate_pl.fitting_prompts import FittingPrompts
+from radargate_pl.help_pages import COMMANDS, asks_for_help, check_command
 from radargate_pl.kept_settings import keep_settings
+from radargate_pl.last_lines import fit_lines, predict_lines, score_lines
 from radargate_pl.module import AdaptedLM
 from radargate_pl.networks import GatedNetwork
 from radargate_pl.overwriting import DiscardOverwritten, Overwriting, settle
@@ -78,7 +80,7 @@ class RadarGateCLI(LightningCLI):
     """
 
     def __init__(self, words: Sequence[str]) -> None:
-        self._line = read_command_line(words, COMMANDS)
+        self._line = read_command_line(words, tuple(COMMANDS))
         self._words = list(words)
         with ExitStack() as self._ending:  # the run folder is this command's to its end
             self._run_command()
@@ -107,7 +109,7 @@ class RadarGateCLI(LightningCLI):
         Weights are always read as data, so that is no option.
         """
         typed = (self._line.subcommand,)
-        names = COMMANDS if _asks_for_help(self._words) or typed[0] not in COMMANDS else typed
+        names = COMMANDS if asks_for_help(self._words) or typed[0] not in COMMANDS else typed
         return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items() if name in names}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -122,9 +124,9 @@ class RadarGateCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Checks and merges the config files, then lets jsonargparse put the command line on top."""
         line = self._line
-        if line.subcommand not in COMMANDS or _asks_for_help(self._words):
-            if not _asks_for_help(self._words):
-                raise ConfigError([_no_command(line.subcommand)])
+        if line.subcommand not in COMMANDS or asks_for_help(self._words):
+            if not asks_for_help(self._words):
+                check_command(self._words)
             self.config = parser.parse_args(self._words)
             return
         merged = self._check(line)
@@ -190,6 +192,7 @@ class RadarGateCLI(LightningCLI):
         if self._checkpoint is not None and is_gate_folder(self._checkpoint):
             self.trainer_defaults["callbacks"] = [LoadGateFolder(self._checkpoint)]
         elif self._checkpoint is not None:
+            check_content(self._checkpoint, self.config.subcommand)
             config.ckpt_path = str(self._checkpoint)
             if self.config.subcommand != "fit":
                 self.trainer_defaults["callbacks"] = [NameTrainedExperts(self._checkpoint)]
@@ -253,24 +256,26 @@ class RadarGateCLI(LightningCLI):
         print(preview(3))
 
     def after_fit(self) -> None:
-        """Says where everything lies."""
-        if self._get(self.config, "trainer").fast_dev_run:
-            return
-        folder = Path(self.trainer.default_root_dir)
-        rank_zero_info(f"run folder: {folder}\nTensorBoard: tensorboard --logdir {folder}")
-        for name in ("experts", "gate"):
-            if (folder / name).is_dir():
-                rank_zero_info(f"{name}: {folder / name}")
+        """Says the last scores, and where everything lies."""
+        if not self._get(self.config, "trainer").fast_dev_run:
+            _say(fit_lines(self.trainer, self.model.task_results))
+
+    def after_validate(self) -> None:
+        """Says the scores with the number of examples."""
+        _say(score_lines(self.model.task_results, "validation"))
+
+    def after_test(self) -> None:
+        """Says the scores with the number of examples."""
+        _say(score_lines(self.model.task_results, "test"))
+
+    def after_predict(self) -> None:
+        """Says where the answers are."""
+        _say(predict_lines(self.trainer))
 
 
-def _asks_for_help(words: Sequence[str]) -> bool:
-    return any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in words)
-
-
-def _no_command(word: str | None) -> str:
-    if word is None:
-        return f"{COMMAND_LINE}: give a command: {', '.join((*COMMANDS, *PROGRAMS))}; --help says more."
-    return f"{COMMAND_LINE}: there is no command '{word}'. {nearest(word, dict.fromkeys((*COMMANDS, *PROGRAMS)))}"
+def _say(lines: Sequence[str]) -> None:
+    if lines:
+        rank_zero_info("\n".join(lines))
 
 
 def _has_value(line: CommandLine, key: str) -> bool:

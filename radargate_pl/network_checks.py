@@ -1,14 +1,15 @@
 """What can be wrong with a network's arguments, backbone and batches (layer 3)."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from radargate_pl.chat_template import control_tokens, turn_end
+from radargate_pl.chat_template import turn_end, whole_tokens
 from radargate_pl.gates import Context, TaskGate
 from radargate_pl.moe import MoELinear
 from radargate_pl.new_experts import NewExperts
@@ -67,10 +68,35 @@ def _check_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
             f"{', '.join(beyond)}. Set another token in tokenizer_config.json (pad_token may be the end token), or "
             "give the model an embedding of that size (resize_token_embeddings) and save it."
         )
-    more = sorted(text for text, number in control_tokens(tokenizer).items() if number >= rows)
+    more = sorted(text for text, number in whole_tokens(tokenizer).items() if number >= rows)
     if more:
         shown = ", ".join(more[:5]) + (f" and {len(more) - 5} more" if len(more) > 5 else "")
         rank_zero_warn(f"The embedding has {rows} rows and none for {shown}; a text must not hold these.")
+
+
+@contextmanager
+def ids_within_embedding(model: PreTrainedModel, ids: Tensor) -> Iterator[None]:
+    """Turn the embedding's "index out of range" into a sentence.
+
+    Args:
+        model: the backbone.
+        ids: what it reads, (examples, length) int64.
+
+    Raises:
+        ValueError: naming the id and the number of rows.
+    """
+    try:
+        yield
+    except IndexError as error:
+        embedding: Any = model.get_input_embeddings()
+        rows, largest = int(embedding.weight.shape[0]), int(ids.max()) if ids.numel() else -1
+        if largest < rows:
+            raise
+        raise ValueError(
+            f"Expected token ids below {rows}, the rows of the backbone's embedding, but a text holds a token with id "
+            f"{largest}: the tokenizer has tokens that the model has not. Use the tokenizer of this model, or give the "
+            "model an embedding of that size (resize_token_embeddings) and save it."
+        ) from error
 
 
 def check_backbone(model: PreTrainedModel, tokenizer: Any) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from radargate_pl.adapters import load_adapters
+from radargate_pl.backbone_identity import identity_of
 from radargate_pl.backbones import load_backbone
 from radargate_pl.block_recomputation import recompute_blocks
-from radargate_pl.chat_template import end_tokens, with_configured
+from radargate_pl.chat_template import set_ends, with_configured
 from radargate_pl.decoder_start import decoder_inputs, first_ids, start_ids
 from radargate_pl.execution import AppliedExecution, Execution
 from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
@@ -27,6 +28,7 @@ from radargate_pl.network_checks import (
     check_expert_ids,
     check_experts_of_tasks,
     check_shared_A,
+    ids_within_embedding,
     prompt_length,
     takes_position_ids,
 )
@@ -73,6 +75,7 @@ class GatedNetwork(nn.Module):
 
     answer_end: str | None = None
     prompt_date: str | None = None
+    identity = identity_of
 
     def __init__(  # noqa: PLR0913  flat, because these are what a user types
         self,
@@ -98,8 +101,8 @@ class GatedNetwork(nn.Module):
         check_backbone(loaded.model, loaded.tokenizer)
         self.backbone, self.tokenizer = loaded.model, loaded.tokenizer
         self.is_encoder_decoder = bool(loaded.model.config.is_encoder_decoder)
-        start, self._own_ends = start_ids(loaded.model, loaded.tokenizer, decoder_start), end_tokens(loaded.tokenizer)
-        self.start_ids, self._takes_position_ids = start, takes_position_ids(loaded.model)
+        start, ends = start_ids(loaded.model, loaded.tokenizer, decoder_start), set_ends(loaded.model, loaded.tokenizer)
+        self.start_ids, self._own_ends, self._takes_position_ids = start, ends, takes_position_ids(loaded.model)
         self.backbone_source, self.quantization, self.decoder_start = backbone, quantization, list(decoder_start)
         self.combine, self.train_part, self.new_experts = combine, train, new_experts
         self.adapters = load_adapters(experts, loaded.model, backbone_fingerprint=loaded.fingerprint) if experts else []
@@ -164,7 +167,8 @@ class GatedNetwork(nn.Module):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         kept = targets != IGNORE_INDEX
         self._replace_context(input_ids, expert, tokens)
-        with only_positions(self.backbone.get_output_embeddings(), kept):
+        head = self.backbone.get_output_embeddings()
+        with ids_within_embedding(self.backbone, input_ids), only_positions(head, kept):
             logits = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).logits
         return LabelledLogits(logits, targets[kept], kept.nonzero()[:, 0])
 
@@ -184,9 +188,8 @@ class GatedNetwork(nn.Module):
         Returns:
             The newly generated ids only, (rows, new tokens) int64.
         """
-        begin: dict[str, Any] = {}
-        if "generation_config" not in generation_kwargs:
-            begin["eos_token_id"] = list(self.end_ids) or None
+        has_own = "generation_config" in generation_kwargs
+        begin: dict[str, Any] = {} if has_own else {"eos_token_id": list(self.end_ids) or None}
         begin |= {"pad_token_id": self.tokenizer.pad_token_id, **first_ids(self.start_ids, input_ids)}
         options = {**begin, **with_plain_greedy(generation_kwargs)}
         start = prompt_length(input_ids, self.is_encoder_decoder, options)
@@ -194,7 +197,8 @@ class GatedNetwork(nn.Module):
         training = self.training
         self.eval()
         try:
-            ids = self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+            with ids_within_embedding(self.backbone, input_ids):
+                ids = self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
         finally:
             self.train(training)
         return ids[:, start:]

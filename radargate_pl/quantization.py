@@ -14,6 +14,7 @@ that and are not taken:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -87,6 +88,11 @@ def number_of_weights(parameter: Tensor) -> int:
     return parameter.numel() if packed is None else torch.Size(packed.shape).numel()
 
 
+def _is_about_other_kernels(record: logging.LogRecord) -> bool:
+    """Not about the kernel of 4 bits that bitsandbytes misses when PEFT imports it, though nothing is in 4 bits."""
+    return "gemm_4bit" not in record.getMessage()
+
+
 def loading_options(
     backbone: str, config: PreTrainedConfig, quantization: str, *, is_gguf: bool = False
 ) -> dict[str, Any]:
@@ -104,6 +110,8 @@ def loading_options(
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"Expected quantization to be none, 4bit or 8bit, but got {quantization!r}.")
     stored = None if is_gguf else getattr(config, "quantization_config", None)
+    has_4_bits, logger = quantization == "4bit" or bool(stored), logging.getLogger(f"{PACKAGE}.backends.cpu.ops")
+    (logger.removeFilter if has_4_bits else logger.addFilter)(_is_about_other_kernels)
     if quantization == "none":
         if stored and _method_of(stored) == PACKAGE:
             _check_bitsandbytes(f"backbone {backbone!r}, whose weights it quantised", "choose another backbone")

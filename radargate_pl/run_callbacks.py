@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from radargate_pl.backbone_identity import check_identity
 from radargate_pl.benchmark_step import is_benchmark
 from radargate_pl.callbacks.exact_resume import may_validate_again
 from radargate_pl.checkpoint import load_checkpoint, trained_experts
@@ -84,6 +85,7 @@ class LoadGateFolder(Callback):
 
         config = read_config(self.folder)
         check_fingerprints(config["fingerprints"], network.fingerprints)
+        check_identity(config.get("identity"), network.identity(), f"the gate in {self.folder}")
         problems = [
             *gate_problems(config["gate_line"], network.describe(), is_resuming=False),
             *combine_problems(config["combine"], network.combine, is_resuming=False),

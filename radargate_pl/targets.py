@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from radargate_pl.layer_patterns import check_pattern
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -30,6 +32,7 @@ def target_linears(model: nn.Module, target_modules: list[str] | str) -> dict[st
         ValueError: something matches nothing, or matches a module that is not an `nn.Linear`.
     """
     modules = {path: module for path, module in model.named_modules() if path}
+    check_pattern("target_modules", target_modules, list(modules))
     matched = {path: modules[path] for path in matched_paths(model, target_modules)}
     entries = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if isinstance(target_modules, str):
@@ -43,7 +46,7 @@ def target_linears(model: nn.Module, target_modules: list[str] | str) -> dict[st
             f"Expected target_modules to name linear layers of {type(model).__name__}, but {unmatched or entries} "
             f"matches nothing{f' (nearest: {sorted(near)})' if near else ''}. Its linear layers end in: {suffixes}."
         )
-    wrong = {path: module for path, module in matched.items() if not isinstance(module, nn.Linear)}
+    wrong = {path: module for path, module in matched.items() if not is_linear(module)}
     if wrong:
         path, module = next(iter(wrong.items()))
         raise ValueError(
@@ -83,20 +86,29 @@ def is_all_linear(target_modules: object) -> bool:
 
 def linear_suffixes(model: nn.Module) -> list[str]:
     """Last names of all linear layers of a model, the most frequent first."""
-    names = Counter(path.rpartition(".")[2] for path, m in model.named_modules() if path and isinstance(m, nn.Linear))
+    names = Counter(path.rpartition(".")[2] for path, m in model.named_modules() if path and is_linear(m))
     return [name for name, _ in names.most_common()]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes ``x W + b`` and nothing else: routers of some models are `nn.Linear` by name only.
+
+    Args:
+        module: of a backbone; those of bitsandbytes compute the same from other bits.
+    """
+    kind = type(module)
+    is_router = kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.models.")
+    return isinstance(module, nn.Linear) and not is_router
+
+
 def _all_linear(model: nn.Module) -> list[str]:
-    """PEFT counts GPT-2's Conv1D among the linear layers, so it is found here and refused by name afterwards."""
+    """PEFT counts Conv1D in; `load_backbone` has made ordinary linear layers of these, elsewhere they are refused."""
     from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    linear = (nn.Linear, Conv1D)
-    return [
-        path for path, module in model.named_modules() if path and isinstance(module, linear) and module is not head
-    ]
+    linear = {path: module for path, module in model.named_modules() if is_linear(module) or isinstance(module, Conv1D)}
+    return [path for path, module in linear.items() if path and module is not head]
 
 
 def _with_targets(config: LoraConfig, paths: list[str]) -> LoraConfig:

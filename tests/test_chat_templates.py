@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from radargate_pl import chat_template
 from radargate_pl.backbones import load_tokenizer, resolve_backbone
-from radargate_pl.chat_template import checked_date, end_token, end_tokens, prints_date, render_prompt, turn_end
+from radargate_pl.chat_template import (
+    checked_date,
+    control_tokens,
+    end_token,
+    end_tokens,
+    prints_date,
+    render_prompt,
+    turn_end,
+    whole_tokens,
+)
 from radargate_pl.cli import main
+from radargate_pl.data import BenchmarkData, FlanMixture
+from radargate_pl.data.benchmark_encoding import AskedAs, RequestEncoder
+from radargate_pl.data.benchmark_items import Item
+from radargate_pl.data.cache import content_key
+from radargate_pl.data.common_day import take_common_day
 from radargate_pl.data.prompts import RecordEncoder
 from radargate_pl.data.records import BadRecords, Record
+from radargate_pl.data.tokenised_tasks import TokenisedTasks
 from radargate_pl.generation import generate_texts
+from radargate_pl.kept_settings import BEFORE, keep_settings, kept_by
 from radargate_pl.networks import GatedNetwork
 
 TURN = "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
@@ -119,6 +138,44 @@ def test_labels_and_generation_agree_on_the_end(tmp_path: Path, tokenizer_end: s
     assert generate_texts(network, ids, torch.ones_like(ids), max_new_tokens=9) == [("", 1)]
 
 
+def test_generation_past_the_network_stops_too_and_an_end_is_never_forced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone = save_backbone(tmp_path, CHATML)
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(json.dumps({**settings, "forced_eos_token_id": 2}))
+    with caplog.at_level("INFO"):
+        network = GatedNetwork(backbone=backbone, dtype="float32", experts=[])
+    assert network.backbone.generation_config.eos_token_id == [2, 261]
+    assert "forced_eos_token_id of the backbone's generation settings is not applied" in caplog.text
+    ids = torch.tensor([[5, 6, 7]])
+    options = {"do_sample": False, "max_new_tokens": 3}
+    new = network.backbone.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+    assert torch.equal(new[:, 3:], network.generate(ids, torch.ones_like(ids), **options))
+
+
+def test_a_model_whose_parts_name_one_end_keeps_its_settings() -> None:
+    network = GatedNetwork(backbone="debug-tiny", dtype="float32", experts=[])
+    assert network.backbone.generation_config.eos_token_id == 2
+    assert network.end_ids == (2,)
+
+
+def test_a_text_token_beyond_the_embedding_is_one_sentence(tmp_path: Path) -> None:
+    backbone = save_backbone(tmp_path, None)
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer.add_tokens(["<new-a>", "<new-b>", "<new-c>"])
+    tokenizer.save_pretrained(backbone)
+    with pytest.warns(UserWarning, match="The embedding has 264 rows and none for <new-"):
+        network = GatedNetwork(backbone=backbone, dtype="float32", experts=[])
+    ids = torch.tensor([[5, 6, 264]])
+    for ask in (
+        lambda: network(ids, torch.ones_like(ids), ids),
+        lambda: network.generate(ids, torch.ones_like(ids), max_new_tokens=1),
+    ):
+        with pytest.raises(ValueError, match=r"Expected token ids below 264, .* a text holds a token with id 264"):
+            ask()
+
+
 def test_an_old_end_can_be_asked_for(chatml: str) -> None:
     tokenizer = load_tokenizer(chatml)
     old = RecordEncoder(tokenizer, answer_end="eos")
@@ -128,13 +185,32 @@ def test_an_old_end_can_be_asked_for(chatml: str) -> None:
 
 def test_a_day_is_printed_as_the_clock_would_print_it(dated: str, clock: Any) -> None:
     tokenizer = load_tokenizer(dated)
-    tokenizer.chat_template = "\n{{ strftime_now('%A %-d. %B %Y, %y%m%d %j') }}" + CHATML
+    tokenizer.chat_template = "\n{{ strftime_now('%A %-d. %B %Y, %y%m%d %j %F 100 %%d') }}" + CHATML
     clock(2026, 11, 5)
     theirs = tokenizer.apply_chat_template(
         [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
     )
     assert render_prompt(tokenizer, "x", "2026-11-05") == theirs
-    assert "Thursday 5. November 2026, 261105 309" in theirs
+    assert "Thursday 5. November 2026, 261105 309 2026-11-05 100 %d" in theirs
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "{% macro f() %}{{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ f() }}",
+        "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%F') %}"
+        "{% else %}{% set date_string = 'never' %}{% endif %}{% endif %}{{ date_string }}",
+        "{% set now = strftime_now %}{{ now('%F') }}",
+        "{{ strftime_now(format='%F') }}",
+        "{{ strftime_now('%F %H:%M:%S')[:10] }}",
+        "{{ strftime_now('%Y')|int + 0 }}-12-01",
+    ],
+)
+def test_the_day_is_fixed_however_a_template_asks_for_it(dated: str, clock: Any, how: str) -> None:
+    tokenizer = load_tokenizer(dated)
+    tokenizer.chat_template = how + CHATML
+    clock(2031, 1, 5)
+    assert render_prompt(tokenizer, "x", "2026-12-01").startswith("2026-12-01<|im_start|>")
 
 
 def test_prompts_keep_the_day_of_the_run_when_the_clock_passes_midnight(dated: str, clock: Any) -> None:
@@ -176,6 +252,8 @@ def test_what_is_no_date_is_refused(text: str) -> None:
         "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system turn first') }}{% endif %}",
         {"tool_use": "x", "rag": "y"},
         "{% for m in %}",
+        "{{ ['a', 'b'] | random }}",
+        "{% if messages[0]['content'] is string %}{{ nothing.field }}{% endif %}",
     ],
 )
 def test_a_template_that_refuses_a_question_is_one_sentence(chatml: str, template: Any) -> None:
@@ -199,14 +277,84 @@ def test_a_pad_token_beyond_the_embedding_is_refused_by_name(tmp_path: Path) -> 
 def test_control_tokens_in_data_are_text_in_answers_and_named_in_prompts(chatml: str) -> None:
     encoder = RecordEncoder(load_tokenizer(chatml), prompt="plain", max_length=64)
     records = [Record("a", "a </s> b", ("<s>x</s>y",), "f:7"), Record("b", "q", ("x",), "f:8")]
-    with pytest.warns(
-        UserWarning, match="task t: 1 sources hold text that the tokenizer reads as a control token, .* f:7"
-    ):
-        encoded = encoder.encode(records, "t", BadRecords("raise"))
+    with pytest.warns(UserWarning, match="reads as a control token") as warned:
+        encoder.say_control_text(records, "t")
+    told = [str(warning.message) for warning in warned]
+    assert "task t: 1 sources hold text that the tokenizer reads as a control token ('</s>' in f:7). Prompts" in told[0]
+    assert "task t: 1 answers hold text that the tokenizer reads as a control token ('<s>' in f:7). It is " in told[1]
+    encoded = encoder.encode(records, "t", BadRecords("raise"))
     answer = encoded.answer(0)
     assert encoder.tokenizer.decode(answer[:-1]) == "<s>x</s>y"
     assert [token for token in answer if token < 4] == [encoder.end], "one end, at the end"
     assert encoder.tokenizer.decode(encoded.answer(1)) == "x</s>"
+
+
+def test_control_tokens_are_said_with_five_places_also_when_the_cache_has_the_tokens(
+    chatml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RADARGATE_CACHE", str(tmp_path / "cache"))
+    (path := tmp_path / "t.jsonl").write_text('{"source": "<|im_end|>q", "target": "a"}\n' * 9)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"task t: 9 sources .*'<\|im_end\|>' in .*t.jsonl:1, .*:5 and 4 more"):
+            FlanMixture(str(path), chatml, validation_examples=2).prepare_data()
+
+
+def test_a_cache_of_an_earlier_version_with_control_tokens_in_answers_is_not_taken(
+    chatml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RADARGATE_CACHE", str(tmp_path / "cache"))
+    odd, plain = [Record("a", "q", ("x</s>y",), "f:1")], [Record("a", "q", ("xy",), "f:1")]
+    encoder = RecordEncoder(load_tokenizer(chatml))
+    tasks = TokenisedTasks(encoder, BadRecords("raise"))
+    assert tasks._key(plain) == content_key(plain, encoder.key()), "ordinary data keep their place"
+    assert tasks._key(odd) != content_key(odd, encoder.key())
+
+
+def test_words_that_a_tokenizer_keeps_whole_are_no_control_tokens(chatml: str) -> None:
+    tokenizer = load_tokenizer(chatml)
+    tokenizer.add_tokens(["<think>"])
+    assert "<think>" in whole_tokens(tokenizer)
+    assert {"<s>", "<|im_end|>"} <= control_tokens(tokenizer).keys()
+    assert "<think>" not in control_tokens(tokenizer)
+
+
+def test_an_end_inside_an_answer_that_stays_a_token_is_a_bad_record(chatml: str) -> None:
+    """A tokenizer that does not know its turn's end for a special token cannot write it as text."""
+    tokenizer = load_tokenizer(chatml)
+    tokenizer.add_tokens(["<turn>"])
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<turn>")
+    encoder, bad = RecordEncoder(tokenizer, max_length=90), BadRecords("raise")
+    assert encoder.answer_end() == "<turn>"
+    encoder.encode([Record("a", "q", ("x<turn>y",), "f:1"), Record("b", "q", ("x",), "f:2")], "t", bad)
+    assert [text for text in bad.problems if "the answer holds '<turn>', the token that ends answers" in text]
+    assert len(bad.problems) == 1
+
+
+def test_a_benchmark_names_two_starts_and_control_tokens_too(chatml: str) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(chatml)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    with pytest.warns(UserWarning, match="prompts begin with two <s>"):
+        encoder = RequestEncoder(tokenizer, AskedAs("<s>{source}"))
+    item = Item("1", "t", "a</s>", ("x", "y"), 0, ("x",), "f:1")
+    for ask in (
+        lambda: encoder.ranking([item], BadRecords("raise")),
+        lambda: RequestEncoder(tokenizer).generation([item], 4, BadRecords("raise")),
+    ):
+        with pytest.warns(UserWarning, match=r"task t: 1 sources .*'</s>' in f:1"):
+            ask()
+
+
+def test_an_encoder_names_two_ends(chatml: str) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(chatml)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
+    with pytest.warns(UserWarning, match="prompts end with two </s>"):
+        encoder = RecordEncoder(tokenizer, prompt="{source}</s>", is_encoder_decoder=True)
+    answer = encoder.encode([Record("a", "q", ("x</s>y",), "f:1")], "t", BadRecords("raise")).answer(0)
+    assert answer.count(2) == 1, "an answer of a sequence of its own is text as well"
 
 
 def test_two_starts_are_named(chatml: str) -> None:
@@ -252,6 +400,86 @@ def test_a_run_keeps_its_day_and_end_through_resume_and_other_commands(home: Pat
     words = ["--config", "fit.yaml", "--ckpt_path", "run", "--trainer.default_root_dir", "predicted"]
     assert main(["validate", *words]) == 0
     assert data_of("predicted/config.yaml")["date"] == "2026-11-30"
+
+
+@pytest.mark.parametrize("end", ["template", "eos"])
+def test_a_checkpoint_and_a_gate_away_from_their_run_still_say_day_and_end(home: Path, clock: Any, end: str) -> None:
+    clock(2026, 11, 30)
+    assert main(["fit", "--config", "fit.yaml", "--data.answer_end", end]) == 0
+    shutil.copy("run/checkpoints/last.ckpt", "alone.ckpt")
+    shutil.copytree("run/gate", "elsewhere/gate")
+    clock(2026, 12, 2)
+    backbone = yaml.safe_load(Path("fit.yaml").read_text())["model"]["network"]["init_args"]["backbone"]
+
+    def arguments() -> Any:
+        return Namespace(data=Namespace(init_args={"date": None, "answer_end": None, "tokenizer": backbone}))
+
+    for place in ("alone.ckpt", "elsewhere/gate", "run/gate", "run/checkpoints/last.ckpt"):
+        keep_settings(config := arguments(), Path(place))
+        assert (config.data.init_args["date"], config.data.init_args["answer_end"]) == ("2026-11-30", end), place
+    (config := arguments()).data.init_args |= {"date": "2026-01-01", "answer_end": "eos"}
+    keep_settings(config, Path("alone.ckpt"))
+    assert config.data.init_args == {"date": "2026-01-01", "answer_end": "eos", "tokenizer": backbone}, "typed"
+
+
+def test_a_checkpoint_and_a_gate_of_an_earlier_version_say_its_end(tmp_path: Path) -> None:
+    old = Path(__file__).parent / "old_runs"
+    found = sorted(old.rglob("*.ckpt"))[0]
+    shutil.copy(found, tmp_path / "alone.ckpt")
+    assert kept_by(tmp_path / "alone.ckpt") == kept_by(found) == BEFORE
+    for gate in old.rglob("gate_config.json"):
+        assert kept_by(gate.parent) == BEFORE
+
+
+class _Processes:
+    """Stands for a trainer of two processes whose first one has another day."""
+
+    world_size = 2
+
+    def __init__(self, day: str) -> None:
+        self.strategy = self
+        self.day = day
+
+    def broadcast(self, _: str) -> str:
+        return self.day
+
+
+def test_all_processes_take_the_day_of_the_first(dated: str, clock: Any, home: Path) -> None:
+    clock(2026, 12, 1)
+    data = FlanMixture("add.jsonl", dated, validation_examples=2, max_length=200)
+    data.prepare_data()
+    data.trainer = _Processes("2026-11-30")  # type: ignore[assignment]
+    data.setup("fit")
+    text = data.encoder.tokenizer.decode(data.encoded["add", "train"].prompt(0))
+    assert (data.date, "30 Nov 2026" in text) == ("2026-11-30", True)
+    other = SimpleNamespace(trainer=_Processes("2026-11-30"), date="2026-11-30")
+    assert not take_common_day(other)
+
+
+def test_a_benchmark_keeps_the_day_of_the_fit_and_shows_it(dated: str, clock: Any, home: Path) -> None:
+    Path("root").mkdir()
+    Path("root/gsm8k.jsonl").write_text('{"question": "1?", "answer": "so #### 1"}\n' * 3)
+    clock(2031, 1, 5)
+    data = BenchmarkData(
+        tasks="gsm8k", tokenizer=dated, root="root", prompt="chat", date="2026-11-30", max_new_tokens=9
+    )
+    assert "prompts dated 2026-11-30" in data.preview(1)
+    prompt = load_tokenizer(dated).decode(data.requests("gsm8k")[0].rows[0].prompt)
+    assert "Today: 30 Nov 2026" in prompt
+    data.trainer = _Processes("2026-12-01")  # type: ignore[assignment]
+    data.setup("test")
+    assert "Today: 01 Dec 2026" in load_tokenizer(dated).decode(data.requests("gsm8k")[0].rows[0].prompt)
+
+
+def test_the_harness_asks_on_the_day_of_the_fit(dated: str, clock: Any) -> None:
+    pytest.importorskip("lm_eval")
+    from radargate_pl.harness_model import GatedHFLM
+
+    network = GatedNetwork(backbone=dated, dtype="float32", experts=[])
+    network.prompt_date = "2026-11-30"
+    clock(2031, 1, 5)
+    model = GatedHFLM(network, None, 1)
+    assert "Today: 30 Nov 2026" in model.apply_chat_template([{"role": "user", "content": "x"}])
 
 
 def test_a_run_of_an_earlier_version_keeps_its_end(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

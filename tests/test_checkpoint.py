@@ -34,6 +34,9 @@ class FakeNetwork:
         self.state = {f"layer.gate.rotation.{name}": torch.randn(shape) for name in names}
         self.loaded = None
 
+    def identity(self):
+        return {"config": {}, "tokenizer": "sha256:0", "chat_template": None}
+
     def describe(self):
         return self.gate
 

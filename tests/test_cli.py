@@ -265,11 +265,13 @@ class TestCheckpointPath:
 
 
 class TestOtherCommands:
-    def test_test_and_predict(self, workspace):
+    def test_test_and_predict(self, workspace, caplog):
         words = ["--config", "runs/debug/config.yaml", "--data.test_examples", "3", "--ckpt_path", "last"]
         assert main(["test", *words]) == 0
+        assert "last test: loss " in caplog.text
         assert {path.name for path in Path("runs/debug/test").iterdir()} == {"chain_sum", "letter_counting"}
         assert main(["predict", *words, "--model.max_new_tokens", "2"]) == 0
+        assert "answers: runs/debug/predict/chain_sum/predictions.jsonl" in caplog.text
         rows = Path("runs/debug/predict/chain_sum/predictions.jsonl").read_text().splitlines()
         assert len(rows) == 3
 

@@ -114,7 +114,7 @@ def test_the_end_token_ends_a_row_and_is_no_text(monkeypatch: pytest.MonkeyPatch
     ids = new[0].tolist()
     length = ids.index(ending) + 1
     assert found[0].tokens == length
-    text = network.tokenizer.decode(ids[:length], skip_special_tokens=True)
+    text = network.tokenizer.decode(ids[: length - 1], skip_special_tokens=True)
     assert found[0].text == text
 
 

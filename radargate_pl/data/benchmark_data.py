@@ -15,6 +15,7 @@ from radargate_pl.data.benchmark_fields import Fields
 from radargate_pl.data.benchmark_files import BenchmarkSource, find_benchmarks, read_fields
 from radargate_pl.data.benchmark_items import Item, ItemMaker
 from radargate_pl.data.benchmark_requests import BenchmarkBatch, RequestCollator, RequestGroup, grouped, share
+from radargate_pl.data.common_day import take_common_day
 from radargate_pl.data.prompts import check_prompt
 from radargate_pl.data.records import BadRecords
 from radargate_pl.data.workers import leave_signals_to_the_main_process
@@ -176,6 +177,8 @@ class BenchmarkData(LightningDataModule):
         Raises:
             ValueError: For bad input.
         """
+        if take_common_day(self):
+            self._encoders, self._requests = {}, {}
         for source in self.sources:
             if source.benchmark.name not in self._requests:
                 self._read(source)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from radargate_pl.data.benchmark_items import Item, gap
+from radargate_pl.data.control_text import say_control_text, say_doubled
 from radargate_pl.data.prompts import PromptFormat
 from radargate_pl.data.records import BadRecords
 from radargate_pl.data.token_ids import answer_ids, prompt_ids, without_middle
@@ -88,9 +89,12 @@ class RequestEncoder:
         self._special = asked.special_tokens and not self.in_chat
         self.max_length = max_length
         self.is_encoder_decoder = is_encoder_decoder
+        if self._is_framed and self._special:
+            say_doubled(tokenizer, self._prompts([self._text("")])[0], is_encoder_decoder)
 
     def ranking(self, items: Sequence[Item], bad_records: BadRecords) -> list[Request]:
         """Encode items with every choice behind the prompt; those whose choices do not fit go to `bad_records`."""
+        self._say_control_text(items)
         pairs = [self._pair(item.prompt, choice) for item in items for choice in item.choices]
         rows = iter(self._rows(pairs))
         whole = [Request(item, tuple(next(rows) for _ in item.choices)) for item in items]
@@ -108,9 +112,15 @@ class RequestEncoder:
                 f"Expected max_length to leave room for a prompt, but it is {self.max_length} and max_new_tokens is "
                 f"{max_new_tokens}. Raise data.max_length or lower data.max_new_tokens."
             )
+        self._say_control_text(items)
         prompts = self._prompts([self._text(item.prompt) for item in items])
         whole = [Request(item, (Row(prompt, []),)) for item, prompt in zip(items, prompts, strict=True)]
         return self._fitting(whole, room, bad_records)
+
+    def _say_control_text(self, items: Sequence[Item]) -> None:
+        task = items[0].task if items else ""
+        prompts, places = [item.prompt for item in items], [item.where for item in items]
+        say_control_text(self.tokenizer, prompts, places, task, "sources")
 
     def _fitting(self, requests: Sequence[Request], room: int, bad_records: BadRecords) -> list[Request]:
         fitting = []

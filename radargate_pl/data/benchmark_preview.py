@@ -24,10 +24,9 @@ def preview(data: "BenchmarkData", n: int) -> str:
         kind = (data.protocol_of(benchmark), benchmark.metrics[0], benchmark.prompt_version, asked)
         rows.append((name, *map(str, counts), *kind))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        f"BenchmarkData: {len(data.task_names)} tasks, tokenizer {data.tokenizer_name}",
-        "",
-    ]
+    formats = [data.encoder_of(benchmark).format for benchmark in data.benchmarks.values()]
+    day = f", prompts dated {data.date}" if any(one.prints_date for one in formats) else ""
+    lines = [f"BenchmarkData: {len(data.task_names)} tasks, tokenizer {data.tokenizer_name}{day}", ""]
     lines += ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     first = data.task_names[0]
     is_private = data.benchmarks[first].is_private

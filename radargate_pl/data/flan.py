@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Subset
 
 from radargate_pl.chat_template import checked_date
 from radargate_pl.data.cache import Encoded
+from radargate_pl.data.common_day import take_common_day
 from radargate_pl.data.examples import Collator, EncodedTask, Example, ExampleSet
 from radargate_pl.data.expert_owner import owner_of
 from radargate_pl.data.inputs import NAMES_ONLY, OwnPrompt, input_loader, shared_inputs
@@ -176,6 +177,8 @@ class FlanMixture(LightningDataModule):
         if self.inputs is not None:
             self._read_inputs(stage)
             return
+        if take_common_day(self):
+            self._encoder = self._tokenised = None
         self.encoded = {(task.name, split): self.tokenised.load(task, split) for task in self.tasks for split in SPLITS}
         if stage == "fit":
             self._check_trainable()

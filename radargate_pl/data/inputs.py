@@ -71,6 +71,7 @@ def read_inputs(
     bad_records.raise_if_any()
     if not found:
         raise ValueError(f"Expected {NAME} to hold at least one prompt, but {_name(place)} has none.")
+    encoder.say_control_text([one.record for one in found], NAME)
     _say_truncated([one.record.id for one in found if one.prompt.truncated], encoder.max_length)
     return found
 

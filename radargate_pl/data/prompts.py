@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
-from radargate_pl.chat_template import checked_date, control_tokens, end_token, prints_date, render_prompt
+from radargate_pl.chat_template import checked_date, end_token, prints_date, render_prompt
 from radargate_pl.data.cache import Encoded, joined, pack
+from radargate_pl.data.control_text import say_control_text, say_doubled
 from radargate_pl.data.records import BadRecords, Record
-from radargate_pl.data.token_ids import GAP, answer_ids, bounded, holding, prompt_ids, without_middle
+from radargate_pl.data.token_ids import GAP, answer_ids, bounded, prompt_ids, without_middle
 
 PIECE = 1000  # records that are tokenised together: the tokenizer needs 100 bytes a token, of which 4 are kept
 SOURCE = "{source}"
@@ -65,6 +64,11 @@ class PromptFormat:
     def uses_chat_template(self) -> bool:
         """Whether prompts come from the tokenizer's chat template."""
         return self.prompt == "chat" and bool(self.tokenizer.chat_template)
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether the prompts say which day it is."""
+        return self.uses_chat_template and prints_date(self.tokenizer)
 
     def render(self, source: str) -> str:
         """The prompt of `source` as text."""
@@ -128,15 +132,8 @@ class RecordEncoder:
         self.max_length = max_length
         self.is_encoder_decoder = is_encoder_decoder
         self.special_tokens = special_tokens and not self.format.uses_chat_template
-        self._say_two_starts()
-
-    def _say_two_starts(self) -> None:
-        start, text = self.tokenizer.bos_token_id, self.format.render("")
-        if self.special_tokens and start is not None and self._prompt_ids([text])[0][:2] == [start, start]:
-            rank_zero_warn(
-                f"prompts begin with two {self.tokenizer.bos_token}: one of the template in prompt, one that the "
-                "tokenizer adds. special_tokens: false leaves the second out."
-            )
+        if self.special_tokens:
+            say_doubled(tokenizer, self._prompt_ids([self.format.render("")])[0], is_encoder_decoder)
 
     def answer_end(self) -> str:
         """The token that closes an answer, as text."""
@@ -144,7 +141,7 @@ class RecordEncoder:
 
     def prompt_date(self) -> str | None:
         """The day that prompts are dated, or None where the chat template prints none."""
-        return self.format.date if self.format.uses_chat_template and prints_date(self.tokenizer) else None
+        return self.format.date if self.format.prints_date else None
 
     def key(self) -> str:
         """Hash of everything but the records that token ids depend on."""
@@ -166,13 +163,12 @@ class RecordEncoder:
             task: The task's name, for messages.
             bad_records: Receives what cannot be encoded.
         """
-        self._say_control_tokens(records, task)
         pieces = range(0, len(records), PIECE)
         return joined([self._encode_piece(records[i : i + PIECE], i, task, bad_records) for i in pieces])
 
     def _encode_piece(self, records: Sequence[Record], first: int, task: str, bad_records: BadRecords) -> Encoded:
         sources = [bounded(record.source, self.max_length) for record in records]
-        texts = [answer_text(record, self.target) for record in records]
+        texts = self.answer_texts(records)
         prompts = self._prompt_ids([self.format.render(source) for source in sources])
         answers = self._answer_ids([bounded(text, self.max_length) for text in texts])
         kept: list[int] = []
@@ -184,6 +180,9 @@ class RecordEncoder:
                 prompts[number] = self._shortened(sources[number], room)[0]
             if not prompts[number] or len(answers[number]) > self.max_length:
                 bad_records.add(task, record.where, self._too_long(len(answers[number])))
+                continue
+            if self.end in answers[number][:-1]:
+                bad_records.add(task, record.where, self._ends_early())
                 continue
             kept.append(first + number)
             truncated.append(not fits)
@@ -212,13 +211,29 @@ class RecordEncoder:
         text = without_middle(source, lambda shorter: len(prompt(shorter)) <= room)
         return ([], "") if text is None else (prompt(text), self.format.render(text))
 
-    def _say_control_tokens(self, records: Sequence[Record], task: str) -> None:
-        held = holding([record.source for record in records], control_tokens(self.tokenizer))
-        if held:
-            rank_zero_warn(
-                f"task {task}: {len(held)} sources hold text that the tokenizer reads as a control token, the first in "
-                f"{records[held[0]].where}. Prompts keep it as that token; write it otherwise if it is meant as text."
-            )
+    def say_control_text(self, records: Sequence[Record], task: str) -> None:
+        """Name records whose text holds control tokens: whoever reads a warning knows them, whatever is in the cache.
+
+        Args:
+            records: Records of one task.
+            task: The task's name.
+        """
+        places = [record.where for record in records]
+        say_control_text(self.tokenizer, [record.source for record in records], places, task, "sources")
+        answered = [record for record in records if record.targets]
+        texts, places = self.answer_texts(answered), [record.where for record in answered]
+        say_control_text(self.tokenizer, texts, places, task, "answers")
+
+    def answer_texts(self, records: Sequence[Record]) -> list[str]:
+        """What is trained on, as text.
+
+        Args:
+            records: Records with answers.
+        """
+        return [answer_text(record, self.target) for record in records]
+
+    def _ends_early(self) -> str:
+        return f"the answer holds {self.answer_end()!r}, the token that ends answers; write it otherwise"
 
     def _too_long(self, answer_length: int) -> str:
         if self.is_encoder_decoder:

@@ -54,7 +54,7 @@ def prompt_ids(tokenizer: Any, texts: list[str], special: bool, is_encoder_decod
         special: Whether the tokenizer adds its special tokens; a chat template writes them as text.
         is_encoder_decoder: Whether a prompt is a sequence of its own, which may be closed.
     """
-    rows = _ids(tokenizer, texts, add_special_tokens=special)
+    rows = _ids(tokenizer, text=texts, add_special_tokens=special)
     if is_encoder_decoder or not special:
         return rows
     # Some decoder-only tokenizers close every text; a prompt must stay open.
@@ -73,11 +73,12 @@ def answer_ids(tokenizer: Any, texts: list[str], is_encoder_decoder: bool = Fals
         texts: The answers.
         is_encoder_decoder: Whether an answer is a sequence of its own.
     """
-    if is_encoder_decoder:  # some tokenizers have another vocabulary for targets (Marian)
-        return _ids(tokenizer, text_target=texts, add_special_tokens=False)
-    rows = _ids(tokenizer, texts, add_special_tokens=False)
+    # Some tokenizers have another vocabulary for targets (Marian).
+    name = "text_target" if is_encoder_decoder else "text"
+    rows = _ids(tokenizer, add_special_tokens=False, **{name: texts})
     for number in holding(texts, control_tokens(tokenizer)):
-        rows[number] = _ids(tokenizer, [texts[number]], add_special_tokens=False, split_special_tokens=True)[0]
+        given = {name: [texts[number]]}
+        rows[number] = _ids(tokenizer, add_special_tokens=False, split_special_tokens=True, **given)[0]
     return rows
 
 
@@ -92,9 +93,8 @@ def holding(texts: Sequence[str], tokens: Iterable[str]) -> list[int]:
     return [number for number, text in enumerate(texts) if found.search(text)]
 
 
-def _ids(tokenize: Callable[..., Any], *texts: list[str], **options: Any) -> list[list[int]]:
+def _ids(tokenize: Callable[..., Any], **options: Any) -> list[list[int]]:
     """Token ids of each text; verbose off, since the tokenizer's remark on long texts is ours to make."""
-    given = texts[0] if texts else options["text_target"]
-    if not given:
+    if not (options.get("text") or options.get("text_target")):
         return []
-    return list(tokenize(*texts, truncation=False, padding=False, verbose=False, **options)["input_ids"])
+    return list(tokenize(truncation=False, padding=False, verbose=False, **options)["input_ids"])

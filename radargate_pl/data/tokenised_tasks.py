@@ -6,10 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from radargate_pl.chat_template import control_tokens
 from radargate_pl.data.cache import Encoded, content_key, read_encoded, write_encoded
 from radargate_pl.data.library import Task
 from radargate_pl.data.prompts import RecordEncoder
 from radargate_pl.data.records import BadRecords, Record, Split
+from radargate_pl.data.token_ids import holding
 
 NAMED = 5  # tasks that a message names
 
@@ -39,8 +43,11 @@ class TokenisedTasks:
             ValueError: for records that cannot be encoded, all in one message, also where another run that skipped
                 them has filled the cache.
         """
+        if day := self.encoder.prompt_date():
+            rank_zero_info(f"prompts are dated {day}, in this run and every later command of it (data.date)")
         new: dict[str, Encoded] = {}
         for task in tasks:
+            self.encoder.say_control_text([record for part in task.records.values() for record in part], task.name)
             for records in task.records.values():
                 key = self._key(records)
                 found = read_encoded(key)
@@ -71,7 +78,9 @@ class TokenisedTasks:
         return encoded
 
     def _key(self, records: Sequence[Record]) -> str:
-        return content_key(records, self._encoder_key)
+        # Earlier versions made control tokens of such answers, and their caches are still there.
+        is_text = holding(self.encoder.answer_texts(records), control_tokens(self.encoder.tokenizer))
+        return content_key(records, self._encoder_key + (" control tokens in answers are text" if is_text else ""))
 
     def _must_refuse(self, found: Encoded, records: Sequence[Record]) -> bool:
         return self.bad_records.policy == "raise" and len(found) < len(records)
