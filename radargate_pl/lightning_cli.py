@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,8 +31,10 @@ from radargate_pl.kept_settings import keep_settings
 from radargate_pl.last_lines import fit_lines, predict_lines, score_lines
 from radargate_pl.module import AdaptedLM
 from radargate_pl.networks import GatedNetwork
+from radargate_pl.overwriting import DiscardOverwritten, Overwriting, settle
 from radargate_pl.run_callbacks import LoadGateFolder, NameTrainedExperts, StoreConfig, plain_config
-from radargate_pl.run_folder import check_run_folder, clear_run, is_gate_folder, resolve_checkpoint
+from radargate_pl.run_folder import check_run_folder, is_gate_folder, resolve_checkpoint
+from radargate_pl.run_lock import RunLock
 from radargate_pl.run_loggers import RunCSVLogger, RunTensorBoardLogger
 from radargate_pl.slurm import check_launch
 
@@ -51,7 +53,8 @@ TRAINER_DEFAULTS = {
 FLAGS = {
     "preview": "Print three records with the tokens that carry loss, and exit before any weights are loaded.",
     "overwrite": "Of fit: replace the run that the run folder holds; its checkpoints, gate, experts and metrics are "
-    "deleted. Of the other commands: evaluate in that folder whatever it holds; nothing of it is deleted, but "
+    "deleted once the new one has taken a step. Of the other commands: evaluate in that folder whatever it holds; "
+    "nothing of it is deleted, but "
     "benchmarks that these very weights and settings have answered already are answered again.",
 }
 
@@ -79,6 +82,10 @@ class RadarGateCLI(LightningCLI):
     def __init__(self, words: Sequence[str]) -> None:
         self._line = read_command_line(words, tuple(COMMANDS))
         self._words = list(words)
+        with ExitStack() as self._ending:  # the run folder is this command's to its end
+            self._run_command()
+
+    def _run_command(self) -> None:
         super().__init__(
             AdaptedLM,
             LightningDataModule,
@@ -176,6 +183,9 @@ class RadarGateCLI(LightningCLI):
             raise ConfigError([f"configuration: trainer.default_root_dir: expected the run folder, found {found}."])
         folder = Path(config.trainer.default_root_dir)
         self._asked = config.get("ckpt_path")
+        if self._writes(config):
+            self._ending.callback(RunLock(folder, self.config.subcommand).release)
+            settle(folder)
         self._checkpoint = resolve_checkpoint(str(self._asked), folder, self.config.subcommand) if self._asked else None
         config.ckpt_path = None
         keep_settings(config, self._checkpoint)
@@ -192,15 +202,21 @@ class RadarGateCLI(LightningCLI):
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         check_launch(os.environ, config.trainer)
-        if config.preview or config.trainer.fast_dev_run or getattr(rank_zero_only, "rank", 0) != 0:
+        if not self._writes(config):
             return
         folder = Path(config.trainer.default_root_dir)
+        plain = plain_config(self._subcommand_parsers[self.subcommand], config)
         if config.overwrite and self.subcommand == "fit" and self._asked is None:
-            clear_run(folder)
+            read = {name: plain.get(name) for name in ("model", "data")}
+            aside = self._ending.enter_context(Overwriting(folder, read)).aside
+            self.trainer_defaults["callbacks"] = [DiscardOverwritten(aside)]
         elif not (config.overwrite and self.subcommand != "fit"):
-            parser = self._subcommand_parsers[self.subcommand]
-            model = plain_config(parser, config)["model"]
-            check_run_folder(folder, self.subcommand, model, self._checkpoint, self._asked == "auto")
+            check_run_folder(folder, self.subcommand, plain["model"], self._checkpoint, self._asked == "auto")
+
+    def _writes(self, config: Any) -> bool:
+        """Whether this process is the one that writes into the run folder, if any does."""
+        is_first = getattr(rank_zero_only, "rank", 0) == 0
+        return is_first and not (config.preview or config.trainer.fast_dev_run)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With TensorBoard and CSV in the run folder while fitting; a logger of the config replaces TensorBoard."""

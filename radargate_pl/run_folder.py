@@ -4,7 +4,6 @@
 may go on in the folder of the model they evaluate. Nothing of an earlier run is overwritten unless asked for.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,6 @@ CONFIG = "config.yaml"
 NEWEST = ("auto", "best", "last")
 
 _FOLDERS = ("checkpoints", "experts", "gate", "predict", "test")
-_FILES = (
-    "summary.json",
-    "metrics.csv",
-    "convergence.json",
-    "angles.csv",
-    "events.out.tfevents.*",
-    "config*.yaml",
-    "non_finite*.json",
-)
 _HELD = (*(f"{folder}/*" for folder in _FOLDERS), "metrics.csv", "convergence.json")
 
 # Settings of one command rather than of the run: a stored config is good for all four commands.
@@ -143,16 +133,6 @@ def _same_model(folder: Path, model: Any) -> bool:
         return False
     stored = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     return bool(stored.get("model") == yaml.safe_load(stored_config({"model": model}))["model"])
-
-
-def clear_run(folder: Path) -> None:
-    """Deletes what a run writes into its folder, and nothing else."""
-    for name in _FOLDERS:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-    for pattern in _FILES:
-        for path in folder.glob(pattern):
-            path.unlink()
 
 
 def resolve_checkpoint(ckpt_path: str, folder: Path, command: str) -> Path | None:

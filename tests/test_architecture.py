@@ -12,7 +12,7 @@ PACKAGE = ROOT / "radargate_pl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space", "scoring"},
+    0: {"ops", "losses", "auxiliary_losses", "notices", "remembered", "disk_space", "run_lock", "scoring"},
     1: {
         "benchmarks",
         *("arguments", "experts", "expert_shapes", "initialization", "precision", "site", "trainable_experts"),
@@ -92,10 +92,10 @@ LAYERS = {
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
         *("class_help", "fitting_prompts", "kept_settings", "config_places", "config_yaml", "config_names"),
-        *("error_messages", "help_pages", "last_lines"),
+        *("error_messages", "help_pages", "last_lines", "word_parser"),
         *("domain_command", "doctor", "doctor_checks", "harness", "harness_model"),
         *("score_command", "score_references", "predictions"),
-        *("run_folder", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
+        *("run_folder", "overwriting", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
 }
 FREE = {"", "atomic_files", "cache_folder"}  # the version, and files on a disk: standard library only

@@ -6,7 +6,6 @@ import yaml
 from radargate_pl.checkpoint_files import write_checkpoint
 from radargate_pl.run_folder import (
     check_run_folder,
-    clear_run,
     config_changes,
     holds_run,
     redact,
@@ -72,11 +71,6 @@ def test_what_counts_as_a_run(run, tmp_path):
     write_config(tmp_path / "failed", "fit", "a: 1\n")
     (tmp_path / "failed/summary.json").write_text("{}")
     assert holds_run(tmp_path / "failed") == []
-
-
-def test_clear_deletes_only_what_a_run_writes(run):
-    clear_run(run)
-    assert [path.name for path in run.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(
