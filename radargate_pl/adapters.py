@@ -132,7 +132,8 @@ def _say_what_is_odd(adapter: Adapter, backbone: str) -> None:
 
 def _raise(problems: list[str]) -> None:
     if problems:
-        lines = "".join(f"\n  - {problem}" for problem in problems)
+        shown = [*problems[:5], *([f"and {len(problems) - 5} more"] if len(problems) > 5 else [])]
+        lines = "".join(f"\n  - {problem}" for problem in shown)
         raise ValueError(
             f"Expected experts to be LoRA adapters for this backbone, but found {len(problems)} problem(s):{lines}"
         )

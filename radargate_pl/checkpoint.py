@@ -82,11 +82,11 @@ def restore_network(checkpoint: Mapping[str, Any], network: Checkpointed, *, is_
             f"Expected a checkpoint of format_version <= {FORMAT_VERSION}, but got {saved['format_version']}; "
             "it was written by a newer radargate: upgrade this one"
         )
-    problems = [
+    problems = [  # the causes first; shapes and names only follow from them
+        *_fingerprint_problems(saved["fingerprints"], network.fingerprints),
         *gate_problems(saved["gate"], network.describe(), is_resuming),
         *combine_problems(saved.get("combine", network.combine), network.combine, is_resuming),
         *_state_problems(checkpoint["state_dict"], network.checkpoint_state()),
-        *_fingerprint_problems(saved["fingerprints"], network.fingerprints),
     ]
     if problems:
         raise ValueError(
@@ -134,10 +134,12 @@ def _state_problems(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) 
             )
     if extra := sorted(saved.keys() - present.keys()):
         yield f"parameters the network does not have: {_some(extra)}"
-    for name in sorted(saved.keys() & present.keys()):
-        before, after = tuple(saved[name].shape), tuple(present[name].shape)
-        if before != after:
-            yield f"{name}: shape {before} in the checkpoint, {after} in the network"
+    shapes = [(name, tuple(saved[name].shape), tuple(present[name].shape)) for name in sorted(saved.keys() & present)]
+    yield from _first(
+        f"{name}: shape {before} in the checkpoint, {after} in the network"
+        for name, before, after in shapes
+        if before != after
+    )
 
 
 def _fingerprint_problems(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iterable[str]:
@@ -146,13 +148,24 @@ def _fingerprint_problems(saved: Mapping[str, Any], present: Mapping[str, Any]) 
     experts, now = saved["experts"], present["experts"]
     if list(experts) != list(now) and set(experts) == set(now):
         yield f"experts: order {list(experts)} in the checkpoint, {list(now)} now"
-    for name in sorted(experts.keys() | now.keys()):
-        before, after = experts.get(name, "absent"), now.get(name, "absent")
-        if before != after:
-            yield f"expert {name}: fingerprint {before} in the checkpoint, {after} now"
+    if set(experts) != set(now):
+        yield f"other experts: {_some(list(experts))} in the checkpoint, {_some(list(now))} now"
+    found = ((name, experts.get(name, "absent"), now.get(name, "absent")) for name in sorted({**experts, **now}))
+    yield from _first(
+        f"expert {name}: fingerprint {before} in the checkpoint, {after} now"
+        for name, before, after in found
+        if before != after
+    )
 
 
-def _some(names: list[str], shown: int = 6) -> str:
+def _first(lines: Iterable[str], shown: int = 5) -> Iterable[str]:
+    listed = list(lines)
+    yield from listed[:shown]
+    if len(listed) > shown:
+        yield f"and {len(listed) - shown} more"
+
+
+def _some(names: list[str], shown: int = 5) -> str:
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
 

@@ -21,7 +21,9 @@ from radargate_pl.backbones import load_backbone
 from radargate_pl.data import FlanMixture
 from radargate_pl.data.examples import Example
 from radargate_pl.domains import DOMAIN_FILE, domain_embedding, write_domain
+from radargate_pl.error_messages import print_error
 from radargate_pl.expert_banks import experts_of_tasks
+from radargate_pl.word_parser import WordParser
 
 BATCH = 8
 LONGEST = 512  # records are encoded as for training; how much of each is read is another matter
@@ -42,12 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _make(options)
     except (ValueError, OSError) as error:
         print(f"radargate domains: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except Exception as error:  # of a library; the traceback is kept
+        print_error(error)
+    else:
+        return 0
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m radargate_pl.domain_command", description=__doc__.splitlines()[0])
+    parser = WordParser(prog="python -m radargate_pl.domain_command", description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", required=True, help="the backbone of the experts")
     parser.add_argument("--experts", required=True, help="a folder of PEFT folders")
     parser.add_argument("--tasks", required=True, nargs="+", help="as in FlanMixture; name=place gives a task its name")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from radargate_pl import __version__
+from radargate_pl.word_parser import WordParser, check_output
 
 if TYPE_CHECKING:
     from radargate_pl.networks import GatedNetwork
@@ -31,6 +32,9 @@ def main(words: Sequence[str]) -> int:
     names = [name for name in options.tasks.split(",") if name]
     if not names:
         raise ValueError("Expected --tasks to name at least one task of the harness, but got none.")
+    _check_numbers(options)
+    if options.output is not None:
+        check_output(Path(options.output))
     _check_installed()
     manager = _task_manager(names, options.include_path)
     network = _network(options)
@@ -94,7 +98,7 @@ def expert_id(network: "GatedNetwork", name: str | None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="radargate harness", description=str(__doc__).splitlines()[0])
+    parser = WordParser(prog="radargate harness", description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     add("--gate", help="gate folder, or the run folder that has one; without it the bare backbone")
     add("--backbone", help="hub id, folder, .gguf file or built-in name; of the gate, if not where its folder says")
@@ -110,6 +114,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--log_samples", action="store_true", help="write every example and answer into the output file too")
     add("--output", help="file for the harness's results as JSON, with gate and fingerprints")
     return parser
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    size = options.batch_size
+    if size != "auto" and not (size.isdecimal() and int(size) > 0):
+        raise ValueError(f"Expected --batch_size to be auto or a number of at least 1, but got {size!r}.")
+    if options.limit is not None and not options.limit > 0:
+        raise ValueError(f"Expected --limit to be above 0, but got {options.limit}.")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise ValueError(f"Expected --num_fewshot to be at least 0, but got {options.num_fewshot}.")
 
 
 def _check_installed() -> None:

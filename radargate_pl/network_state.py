@@ -61,7 +61,7 @@ def copy_state(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tenso
         if parameters[key].shape != state[key].shape:
             problems.append(f"{key}: expected shape {tuple(parameters[key].shape)}, found {tuple(state[key].shape)}")
     if problems:
-        shown = "\n  ".join(problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else []))
+        shown = "\n  ".join(problems[:5] + ([f"... and {len(problems) - 5} more"] if len(problems) > 5 else []))
         raise ValueError(f"Expected the state of {owner}, but it does not fit:\n  {shown}")
     with torch.no_grad():
         for key, parameter in parameters.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MISTAKES_SHOWN = 10
+MISTAKES_SHOWN = 5
 ANSWER_FIELDS = ("answer", "target", "targets", "aliases")
 
 
@@ -121,7 +121,8 @@ def first_object(path: Path) -> Mapping[str, Any]:
 def _objects(path: Path, mistakes: Mistakes) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The objects of a file with their places; lines count from 1, blank ones too, as editors do."""
     if not path.is_file():
-        raise ValueError(f"Expected {path} to be a file of JSON lines, but there is none; check the path.")
+        what = "it is a folder; name a file in it" if path.is_dir() else "there is none; check the path"
+        raise ValueError(f"Expected {path} to be a file of JSON lines, but {what}.")
     try:
         with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
             for number, raw in enumerate(stream, start=1):

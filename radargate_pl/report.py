@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radargate_pl.atomic_files import write_text
+from radargate_pl.error_messages import print_error
 from radargate_pl.report_runs import Group, differences, read_group, spread, task_names
+from radargate_pl.word_parser import WordParser, check_output
 
 # The runs of `make quickstart`: folder -> what it stands for in the table.
 QUICKSTART = {
@@ -55,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(options)
     except (ValueError, OSError) as error:
         print(f"radargate report: {error}", file=sys.stderr)
-        return 1
+    except Exception as error:  # damaged files of other shapes; the traceback is kept
+        print_error(error)
+    return 1
 
 
 def check_experts(groups: Sequence[Group], requirement: Requirement) -> list[str]:
@@ -131,6 +135,8 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _report(options: argparse.Namespace) -> int:
+    if options.output:
+        check_output(options.output)
     groups = _groups(options)
     rows = table_rows(groups)
     shown = [list(column) for column in zip(*rows, strict=True)] if options.transpose else rows
@@ -226,7 +232,7 @@ def _line(row: Sequence[str], widths: Sequence[int], begin: str, between: str, e
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m radargate_pl.report", description=__doc__.split("\n")[0])
+    parser = WordParser(prog="python -m radargate_pl.report", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder, or a folder of its seeds")
     parser.add_argument("--names", nargs="+", help="names of the runs, in order; folder names if not given")
     parser.add_argument(

@@ -113,25 +113,37 @@ def read_run(folder: Path, split: str = "validation") -> Run:
     """
     path = folder / "summary.json"
     try:
-        newest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Expected {path} to be a run's summary, but could not read it: {error}") from error
-    summaries = {newest["command"]: newest, **newest.get("earlier", {})}  # a failed newest one gives way
-    for command in COMMANDS_OF_SPLIT[split]:
-        summary = summaries.get(command)
-        if summary and summary["tasks"] and _has_losses(summary):
-            return Run(
-                folder=folder,
-                tasks={name: _scores(values) for name, values in summary["tasks"].items()},
-                mean=_scores(summary["mean"]),
-                rms_angle=summary["rotation"]["rms_angle_rad"],
-                steps=summary["steps"],
-                facts={"backbone": (summary["fingerprints"] or {}).get("backbone"), "precision": summary["precision"]},
-            )
+        summaries = _summaries(json.loads(path.read_text(encoding="utf-8")))
+        for command in COMMANDS_OF_SPLIT[split]:
+            summary = summaries.get(command)
+            if summary and summary["tasks"] and _has_losses(summary):
+                return _run(folder, summary)
+        newest = next(iter(summaries.values()))["status"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StopIteration) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"Expected {path} to be a run's summary, but could not read it: {what}") from error
     raise ValueError(
         f"Expected {path} to hold {split} scores, but found none (commands: {', '.join(summaries)}; the last one's "
-        f"status: {newest['status']}); run `radargate {COMMANDS_OF_SPLIT[split][0]} --config {folder}/config.yaml`. "
+        f"status: {newest}); run `radargate {COMMANDS_OF_SPLIT[split][0]} --config {folder}/config.yaml`. "
         "Scores of benchmarks have no loss: they are in test/<task>/results.json"
+    )
+
+
+def _summaries(newest: Any) -> dict[str, Any]:
+    """Command to its summary, the newest first; a failed newest one gives way."""
+    if not isinstance(newest, dict):
+        raise TypeError(f"expected a JSON object, found {type(newest).__name__}")
+    return {newest["command"]: newest, **newest.get("earlier", {})}
+
+
+def _run(folder: Path, summary: dict[str, Any]) -> Run:
+    return Run(
+        folder=folder,
+        tasks={name: _scores(values) for name, values in summary["tasks"].items()},
+        mean=_scores(summary["mean"]),
+        rms_angle=summary["rotation"]["rms_angle_rad"],
+        steps=summary["steps"],
+        facts={"backbone": (summary["fingerprints"] or {}).get("backbone"), "precision": summary["precision"]},
     )
 
 
@@ -183,8 +195,11 @@ def read_losses(folder: Path) -> tuple[list[int], list[float], list[float]] | No
     """
     path = folder / "convergence.json"
     if path.exists():
-        curve = json.loads(path.read_text())
-        steps = range(curve["first_step"], curve["first_step"] + len(curve["loss"]))
+        try:
+            curve = json.loads(path.read_text(encoding="utf-8"))
+            steps = range(curve["first_step"], curve["first_step"] + len(curve["loss"]))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"Expected {path} to be a run's loss curve, but could not read it: {error!r}") from error
         return list(steps), curve["loss"], curve["ema"]
     rows = [row for row in read_csv(folder / "metrics.csv") if row.get("train/loss")]
     if not rows:

@@ -14,6 +14,7 @@ from radargate_pl.predictions import Mistakes, Prediction, read_predictions
 from radargate_pl.score_references import read_references, with_references
 from radargate_pl.scoring import Judgement, Reference, Row, levels, measure
 from radargate_pl.scoring.choices import choice_of
+from radargate_pl.word_parser import WordParser, check_output
 
 FORMAT_VERSION = 1
 CATEGORIES = ("language", "mathematics", "reasoning", "translation")
@@ -55,6 +56,7 @@ def main(words: Sequence[str]) -> int:
         ValueError: if a file or the task is not as it should be.
     """
     options = _parser().parse_args(words)
+    check_output(options.output, (options.predictions, options.references))
     if options.output.exists() and not options.overwrite:
         raise ValueError(
             f"Expected --output to name a new file, but {options.output} exists; name another or add --overwrite true."
@@ -205,7 +207,7 @@ def _score_line(judged: Judged) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = WordParser(
         prog="radargate score", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS.jsonl", help="what the model wrote")

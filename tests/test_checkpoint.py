@@ -110,6 +110,25 @@ def test_all_differences_are_told_at_once():
     assert str(refusal.value).count("\n  - ") == 4
 
 
+def test_the_cause_stands_first_and_five_examples_are_shown():
+    before, after = ({f"{kind}{index}": f"sha256:{kind}{index}" for index in range(9)} for kind in "ab")
+    names = [f"P{index}" for index in range(30)]
+    with pytest.raises(ValueError, match="does not fit") as refusal:
+        restore_network(
+            saved(FakeNetwork(experts=before, names=names)),
+            FakeNetwork(experts=after, names=names, shape=(5, 5)),
+            is_resuming=True,
+        )
+    lines = str(refusal.value).splitlines()
+    assert (
+        lines[1]
+        == "  - other experts: a0, a1, a2, a3, a4 and 4 more in the checkpoint, b0, b1, b2, b3, b4 and 4 more now"
+    )
+    assert len(lines) == 1 + 1 + 6 + 6 + 1
+    assert sum("shape" in line for line in lines) == 5
+    assert lines[-2] == "  - and 25 more"
+
+
 def test_other_arguments_of_the_same_gate_stop_a_resumed_fit_and_warn_otherwise():
     network = FakeNetwork(gate="RadarGate(top_k=3)")
     with pytest.raises(ValueError, match=r"RadarGate\(top_k=2\).*RadarGate\(top_k=3\)"):

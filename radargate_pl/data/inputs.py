@@ -17,7 +17,7 @@ from radargate_pl.data.records import BadRecords, Line, Record, parse_record
 
 STANDARD_INPUT = "-"
 NAME = "inputs"  # in messages, in ids made up, and as folder of the answers
-NAMES_SHOWN = 10
+NAMES_SHOWN = 5
 # Of the mixture's own tasks only names and categories matter: (max_examples, validation_examples, test_examples).
 NAMES_ONLY = (1, 0, 0)
 

@@ -18,7 +18,7 @@ SPLIT_WORDS: dict[str, Split] = {
     "dev": "validation",
     "test": "test",
 }
-PROBLEMS_SHOWN = 10
+PROBLEMS_SHOWN = 5
 
 
 class Line(NamedTuple):
