@@ -58,6 +58,8 @@ def _answer(words: list[str]) -> int:
     except SystemExit as done:  # argparse's way to end after --help and --print_config
         if isinstance(done.__context__, KeyboardInterrupt):  # Lightning's way to end after Ctrl-C, with 1
             return INTERRUPTED
+        if hasattr(done, "saved"):  # a fit that was asked to end
+            print(f"radargate: {done}", file=sys.stderr)
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except ConfigError as error:
         _print_mistakes(error)

@@ -12,11 +12,13 @@ import pytest
 
 from radargate_pl import cli
 from radargate_pl.cli import main
+from radargate_pl.preemption import Preempted
 from radargate_pl.standard_streams import SteadyStream, steady_streams
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import os, sys
+from radargate_pl.preemption import Preempted
 from radargate_pl.standard_streams import steady_streams
 with steady_streams():
     for _ in range(3000):
@@ -74,6 +76,15 @@ def test_streams_are_what_they_were(capsys):
         print("out")
     assert (sys.stdout, sys.stderr) == before
     assert capsys.readouterr().out == "out\n"
+
+
+def test_a_fit_that_was_asked_to_end_says_where_it_stands(monkeypatch, capsys):
+    def preempt(words: list[str]) -> None:
+        raise Preempted(7, saved=True, code=130)
+
+    monkeypatch.setattr(cli, "_run", preempt)
+    assert main(["fit", "--config", "x"]) == 130
+    assert "asked to stop after step 7; go on with --ckpt_path auto (exit code 130)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", ["itself", "Lightning's"])
