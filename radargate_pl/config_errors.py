@@ -8,6 +8,7 @@ from typing import Any
 from radargate_pl.config_names import keys_like, keys_named
 from radargate_pl.config_places import ConfigError, Located, shortened
 from radargate_pl.config_schema import (
+    ForeignNameError,
     Schema,
     class_options,
     class_schema,
@@ -141,7 +142,9 @@ class ConfigCheck:
             return
         if node.from_command_line and isinstance(node.value, dict):
             return  # --trainer.callbacks.monitor changes the callback added last; jsonargparse knows which
-        problem = leaf_problem(typehint, node) if node.value is not None or not node.from_command_line else None
+        problem = None
+        if node.value is not None or not node.from_command_line:
+            problem = leaf_problem(typehint, node) or _foreign(classes, node.value)
         if problem is None and not (classes and isinstance(node.value, str) and self._is_class(classes, node)):
             return
         if classes and isinstance(node.value, str):
@@ -189,6 +192,19 @@ class ConfigCheck:
             self._complain(name, path, str(error))
         positionals = next((count for base, count in classes if isinstance(found, type) and issubclass(found, base)), 0)
         self._classes[_short(path)] = (found, positionals) if isinstance(found, type) else None
+
+
+def _foreign(classes: Sequence[tuple[type, int]], name: Any) -> str | None:
+    """Why a dotted name, of which jsonargparse would call whatever it finds, is not taken."""
+    if not classes or not isinstance(name, str):
+        return None
+    try:
+        find_class(name, [base for base, _ in classes])
+    except ForeignNameError as error:
+        return str(error)
+    except ValueError:
+        pass
+    return None
 
 
 def _element_classes(typehint: Any) -> list[tuple[type, int]]:

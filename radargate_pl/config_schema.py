@@ -24,6 +24,10 @@ from radargate_pl.config_places import Located
 _MANY = 14  # beyond so many keys only the nearest are listed
 
 
+class ForeignNameError(ValueError):
+    """The name is there, but not of what is asked for."""
+
+
 @dataclass(frozen=True)
 class Schema:
     """What one class, or one group of options, accepts.
@@ -122,7 +126,8 @@ def find_class(name: str, bases: Sequence[type]) -> Any:
     """The class that a ``class_path``, short or dotted, names.
 
     Raises:
-        ValueError: Nothing of that name, or not one of ``bases``; names the nearest classes.
+        ValueError: Nothing of that name; names the nearest classes.
+        ForeignNameError: Neither one of ``bases`` nor a function annotated to return one, such as ``os.system``.
     """
     known = named_classes(bases)
     if "." not in name:
@@ -134,9 +139,20 @@ def find_class(name: str, bases: Sequence[type]) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot import '{name}' ({error}). {nearest(attribute, known)}") from error
-    if inspect.isclass(found) and not issubclass(found, tuple(bases)):
-        raise ValueError(f"'{name}' is not a {_titles(bases)}. {nearest(attribute, known)}")
+    if not _makes(found, tuple(bases)):
+        raise ForeignNameError(f"'{name}' is not a {_titles(bases)}. {nearest(attribute, known)}")
     return found
+
+
+def _makes(found: Any, bases: tuple[type, ...]) -> bool:
+    """Whether it is one of the classes, or a function that says it returns one: nothing else may be called."""
+    if not inspect.isfunction(found):
+        return inspect.isclass(found) and issubclass(found, bases)
+    try:
+        made = typing.get_type_hints(found).get("return")
+    except (NameError, TypeError, AttributeError):
+        made = None
+    return inspect.isclass(made) and issubclass(made, bases)
 
 
 def _titles(bases: Sequence[type]) -> str:
