@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-# An answer that no template writes by itself; what follows it closes the turn.
-_ANSWER = "Qv7answerZk"
+# No template writes this by itself; what follows it in an assistant's turn closes the turn.
+_TEXT = "Qv7answerZk"
 _CODE = re.compile(r"%[-_^#0]?[A-Za-z%]")  # what strftime fills in
 _DRAWS = re.compile(r"\|\s*random\b")
 _DAYS = (date(2001, 2, 3), date(2022, 11, 24))
@@ -54,6 +54,22 @@ def render_prompt(tokenizer: Any, source: str, day: str) -> str:
     return _rendered(tokenizer, [{"role": "user", "content": source}], day, opens=True)
 
 
+def check_shows_question(tokenizer: Any) -> None:
+    """Refuse a chat template that leaves the question out, as those for pictures do with a turn that is plain text.
+
+    Args:
+        tokenizer: with a chat template.
+
+    Raises:
+        ValueError: when it does, or as `render_prompt`.
+    """
+    if _TEXT not in render_prompt(tokenizer, _TEXT, _DAYS[0].isoformat()):
+        raise ValueError(
+            "Expected the tokenizer's chat template to show a user's question, but it leaves it out: it may take "
+            "turns in parts (pictures and text) only. Set prompt: plain, or a template of your own with {source} in it."
+        )
+
+
 def prints_date(tokenizer: Any) -> bool:
     """Whether the chat template writes the date into a prompt."""
     first, second = (render_prompt(tokenizer, "", day.isoformat()) for day in _DAYS)
@@ -87,12 +103,12 @@ def turn_end(tokenizer: Any) -> int | None:
     """
     if not tokenizer.chat_template:
         return None
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": _ANSWER}]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": _TEXT}]
     try:
         text = _rendered(tokenizer, turns, _DAYS[0].isoformat(), opens=False)
     except ValueError:  # said where a prompt is rendered
         return None
-    _, found, rest = text.rpartition(_ANSWER)
+    _, found, rest = text.rpartition(_TEXT)
     rest = rest.lstrip()
     whole = whole_tokens(tokenizer)
     behind = [token for token in whole if found and rest.startswith(token)]

@@ -417,6 +417,11 @@ def test_a_checkpoint_and_a_gate_away_from_their_run_still_say_day_and_end(home:
     for place in ("alone.ckpt", "elsewhere/gate", "run/gate", "run/checkpoints/last.ckpt"):
         keep_settings(config := arguments(), Path(place))
         assert (config.data.init_args["date"], config.data.init_args["answer_end"]) == ("2026-11-30", end), place
+    if end == "template":
+        words = ["--config", "fit.yaml", "--ckpt_path", "alone.ckpt", "--trainer.default_root_dir", "validated"]
+        assert main(["validate", *words]) == 0
+        assert data_of("validated/config.yaml")["answer_end"] == end
+        assert data_of("validated/config.yaml")["date"] == "2026-11-30"
     (config := arguments()).data.init_args |= {"date": "2026-01-01", "answer_end": "eos"}
     keep_settings(config, Path("alone.ckpt"))
     assert config.data.init_args == {"date": "2026-01-01", "answer_end": "eos", "tokenizer": backbone}, "typed"
@@ -497,6 +502,24 @@ def test_another_day_is_refused_on_resume_and_named(home: Path, capsys: pytest.C
     assert main(["fit", "--config", "fit.yaml", *words]) != 0
     told = capsys.readouterr().err
     assert "task add, cut: date was '2026-11-30' and is '2026-12-01'" in told
+
+
+def test_a_date_without_quotation_marks_is_a_date(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("fit.yaml").write_text(
+        Path("fit.yaml").read_text().replace("max_length: 200", "max_length: 200\n    date: 2026-11-30")
+    )
+    assert main(["fit", "--config", "fit.yaml", "--preview"]) == 0
+    assert "prompts dated 2026-11-30" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tried", ["record", "benchmark"])
+def test_a_template_that_drops_the_question_is_refused(chatml: str, tried: str) -> None:
+    """One for pictures goes through the parts of a message; a text has characters for parts, and none is shown."""
+    tokenizer = load_tokenizer(chatml)
+    parts = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = CHATML.replace("{{'<|im_start|>' + m['role'] + '\n' + m['content']", parts + "{{''")
+    with pytest.raises(ValueError, match="chat template to show a user's question, but it leaves it out"):
+        RecordEncoder(tokenizer) if tried == "record" else RequestEncoder(tokenizer, AskedAs("chat"))
 
 
 def test_the_preview_names_end_and_day(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

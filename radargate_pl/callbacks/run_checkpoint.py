@@ -127,17 +127,20 @@ class RunCheckpoint(ModelCheckpoint):
         """Nothing: in the middle of a step there is no state to go on from, and ``last.ckpt`` is there."""
 
     def has_saved(self, trainer: Trainer) -> bool:
-        """Whether the present step has a checkpoint."""
-        return self._last_global_step_saved == trainer.global_step
+        """Whether the present step has a checkpoint; Lightning counts a fit's beginning as saved, where none lies."""
+        return self._last_global_step_saved == trainer.global_step and self._path(trainer).is_file()
 
     @property
     def _folder(self) -> Path:
         assert self.dirpath is not None, "set in setup"
         return Path(self.dirpath)
 
+    def _path(self, trainer: Trainer) -> Path:
+        return self._folder / f"step={trainer.global_step:08d}.ckpt"
+
     def _save(self, trainer: Trainer, is_best: bool = False) -> None:
         folder = self._folder
-        path = folder / f"step={trainer.global_step:08d}.ckpt"
+        path = self._path(trainer)
         if is_trial(trainer):
             return
         self.last_model_path = str(folder / "last.ckpt")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from radargate_pl.chat_template import checked_date, end_token, prints_date, render_prompt
+from radargate_pl.chat_template import check_shows_question, checked_date, end_token, prints_date, render_prompt
 from radargate_pl.data.cache import Encoded, joined, pack
 from radargate_pl.data.control_text import say_control_text, say_doubled
 from radargate_pl.data.records import BadRecords, Record
@@ -59,6 +59,8 @@ class PromptFormat:
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
         object.__setattr__(self, "date", checked_date(self.date))  # one day for every prompt, also after midnight
+        if self.uses_chat_template:
+            check_shows_question(self.tokenizer)
 
     @property
     def uses_chat_template(self) -> bool:
