@@ -137,14 +137,9 @@ class ConfigCheck:
                     self._class(elements, child, f"{path}.{index}", None)
                 return
         problem = _not_as_written(typehint, node, path)
-        if problem is not None:
-            self._complain(node, path, problem)
-            return
-        if node.from_command_line and isinstance(node.value, dict):
+        if problem is None and node.from_command_line and isinstance(node.value, dict):
             return  # --trainer.callbacks.monitor changes the callback added last; jsonargparse knows which
-        problem = None
-        if node.value is not None or not node.from_command_line:
-            problem = leaf_problem(typehint, node) or _foreign(classes, node.value)
+        problem = problem or _leaf_problem(typehint, node) or _foreign(classes, node.value)
         if problem is None and not (classes and isinstance(node.value, str) and self._is_class(classes, node)):
             return
         if classes and isinstance(node.value, str):
@@ -192,6 +187,10 @@ class ConfigCheck:
             self._complain(name, path, str(error))
         positionals = next((count for base, count in classes if isinstance(found, type) and issubclass(found, base)), 0)
         self._classes[_short(path)] = (found, positionals) if isinstance(found, type) else None
+
+
+def _leaf_problem(typehint: Any, node: Located) -> str | None:
+    return None if node.value is None and node.from_command_line else leaf_problem(typehint, node)
 
 
 def _foreign(classes: Sequence[tuple[type, int]], name: Any) -> str | None:
