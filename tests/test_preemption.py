@@ -242,8 +242,8 @@ def test_a_fit_that_goes_back_leaves_nothing_of_the_steps_it_takes_anew(tmp_path
         raise RuntimeError("the end")
 
     for at, steps in ((1, {1, 2, 3, 4}), (2, {1, 2})):  # before the first save, and behind it
+        end = At(die, step=at)
         with pytest.raises(RuntimeError, match="the end"):
-            end = At(die, step=at)
             fit(lm, tmp_path / "run", end, *callbacks(), resume=first, val_check_interval=4, **options)
         assert {int(path.stem.partition("=")[2]) for path in checkpoints.glob("step=*.ckpt")} == steps
         assert (checkpoints / "best.ckpt").exists() == (at == 1)
