@@ -67,7 +67,16 @@ def write_json(path: Path, value: Any) -> None:
         path: the file to write.
         value: dicts, lists, strings, numbers, booleans and None.
     """
-    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return ``value`` as indented JSON, as `write_json` writes it.
+
+    Args:
+        value: dicts, lists, strings, numbers, booleans and None.
+    """
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line: ``radargate fit | validate | test | predict | doctor | score | harness ...`` (layer 6).
 
-``main`` returns the exit code: 0, 1 for bad input found while running, 2 for mistakes in the configuration.
+``main`` returns the exit code: 0, 1 for bad input found while running, 2 for mistakes in the configuration, 130 after
+Ctrl-C, and what `radargate_pl.preemption` says of a fit that was asked to end.
 """
 
 import importlib
@@ -15,6 +16,9 @@ from radargate_pl import __version__
 from radargate_pl.config_places import ConfigError
 from radargate_pl.error_messages import TRACEBACK, plain_cause, print_error
 from radargate_pl.help_pages import PROGRAMS, asks_for_help, check_command, quick_answer, straightened
+from radargate_pl.standard_streams import lead_nowhere, steady_streams
+
+INTERRUPTED = 130
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -26,7 +30,19 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    words = list(sys.argv[1:] if args is None else args)
+    with steady_streams():
+        code = _answer(list(sys.argv[1:] if args is None else args))
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            lead_nowhere(sys.stdout)
+            reason = error.strerror or error
+            print(f"radargate: error: Could not write everything to standard output: {reason}", file=sys.stderr)
+            code = code or 1
+    return code
+
+
+def _answer(words: list[str]) -> int:
     wants_traceback = "--debug" in words or os.environ.get(TRACEBACK, "0") not in ("", "0")
     words = straightened([word for word in words if word != "--debug"])
     try:
@@ -40,10 +56,17 @@ def main(args: Sequence[str] | None = None) -> int:
         else:
             _run(words)
     except SystemExit as done:  # argparse's way to end after --help and --print_config
+        if isinstance(done.__context__, KeyboardInterrupt):  # Lightning's way to end after Ctrl-C, with 1
+            return INTERRUPTED
+        if hasattr(done, "saved"):  # a fit that was asked to end
+            print(f"radargate: {done}", file=sys.stderr)
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except ConfigError as error:
         _print_mistakes(error)
         return 2
+    except KeyboardInterrupt:
+        print("radargate: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         if wants_traceback:
             raise

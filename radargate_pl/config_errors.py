@@ -8,7 +8,9 @@ from typing import Any
 from radargate_pl.config_names import keys_like, keys_named
 from radargate_pl.config_places import ConfigError, Located, shortened
 from radargate_pl.config_schema import (
+    ForeignNameError,
     Schema,
+    all_classes,
     class_options,
     class_schema,
     describe,
@@ -136,12 +138,9 @@ class ConfigCheck:
                     self._class(elements, child, f"{path}.{index}", None)
                 return
         problem = _not_as_written(typehint, node, path)
-        if problem is not None:
-            self._complain(node, path, problem)
-            return
-        if node.from_command_line and isinstance(node.value, dict):
+        if problem is None and node.from_command_line and isinstance(node.value, dict):
             return  # --trainer.callbacks.monitor changes the callback added last; jsonargparse knows which
-        problem = leaf_problem(typehint, node) if node.value is not None or not node.from_command_line else None
+        problem = problem or _leaf_problem(typehint, node) or _foreign(all_classes(typehint), node)
         if problem is None and not (classes and isinstance(node.value, str) and self._is_class(classes, node)):
             return
         if classes and isinstance(node.value, str):
@@ -189,6 +188,34 @@ class ConfigCheck:
             self._complain(name, path, str(error))
         positionals = next((count for base, count in classes if isinstance(found, type) and issubclass(found, base)), 0)
         self._classes[_short(path)] = (found, positionals) if isinstance(found, type) else None
+
+
+def _leaf_problem(typehint: Any, node: Located) -> str | None:
+    return None if node.value is None and node.from_command_line else leaf_problem(typehint, node)
+
+
+def _foreign(bases: Sequence[type], node: Located) -> str | None:
+    """Why a name inside a value, of which jsonargparse would call whatever it finds, is not taken."""
+    if isinstance(node.value, list):
+        return next((found for child in node.value if (found := _foreign(bases, child))), None)
+    name = node.value
+    if isinstance(node.value, dict):
+        below = () if "class_path" in node.value else bases
+        inside = next((found for child in node.value.values() if (found := _foreign(below, child))), None)
+        if inside is not None or "class_path" not in node.value:
+            return inside
+        name = node.value["class_path"].value
+        if not bases:
+            return f"takes no class_path ({shortened(str(name), 40)})"
+    if not bases or not isinstance(name, str):
+        return None
+    try:
+        find_class(name, bases)
+    except ForeignNameError as error:
+        return str(error)
+    except ValueError:
+        pass
+    return None
 
 
 def _element_classes(typehint: Any) -> list[tuple[type, int]]:

@@ -24,6 +24,10 @@ from radargate_pl.config_places import Located
 _MANY = 14  # beyond so many keys only the nearest are listed
 
 
+class ForeignNameError(ValueError):
+    """The name is there, but not of what is asked for."""
+
+
 @dataclass(frozen=True)
 class Schema:
     """What one class, or one group of options, accepts.
@@ -86,7 +90,7 @@ def class_options(typehint: Any, positionals: int = 0) -> Iterator[tuple[type, i
     if origin in (typing.Union, types.UnionType):
         for option in args:
             yield from class_options(option, positionals)
-    elif origin is collections.abc.Callable:
+    elif origin is collections.abc.Callable and args:  # a bare Callable says not what it makes
         given = len(args[0]) if isinstance(args[0], list) else 0
         yield from class_options(args[-1], given)
     elif inspect.isclass(typehint) and not is_dataclass(typehint) and _is_configurable(typehint):
@@ -96,6 +100,12 @@ def class_options(typehint: Any, positionals: int = 0) -> Iterator[tuple[type, i
 def _is_configurable(cls: type) -> bool:
     plain = cls.__module__.split(".")[0] in ("builtins", "pathlib", "datetime", "enum", "typing", "jsonargparse")
     return not plain and hasattr(cls, "__subclasses__") and cls.__name__ not in ("dtype", "device", "Tensor")
+
+
+def all_classes(typehint: Any) -> list[type]:
+    """The classes of a type and of whatever it holds: of ``dict[str, Gate]`` too."""
+    inside = [base for arg in typing.get_args(typehint) for base in (all_classes(arg) if arg is not typehint else [])]
+    return [*(base for base, _ in class_options(typehint)), *inside]
 
 
 def options_of(typehint: Any) -> list[Any]:
@@ -122,7 +132,8 @@ def find_class(name: str, bases: Sequence[type]) -> Any:
     """The class that a ``class_path``, short or dotted, names.
 
     Raises:
-        ValueError: Nothing of that name, or not one of ``bases``; names the nearest classes.
+        ValueError: Nothing of that name; names the nearest classes.
+        ForeignNameError: Neither one of ``bases`` nor a function annotated to return one, such as ``os.system``.
     """
     known = named_classes(bases)
     if "." not in name:
@@ -134,9 +145,20 @@ def find_class(name: str, bases: Sequence[type]) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot import '{name}' ({error}). {nearest(attribute, known)}") from error
-    if inspect.isclass(found) and not issubclass(found, tuple(bases)):
-        raise ValueError(f"'{name}' is not a {_titles(bases)}. {nearest(attribute, known)}")
+    if not _makes(found, tuple(bases)):
+        raise ForeignNameError(f"'{name}' is not a {_titles(bases)}. {nearest(attribute, known)}")
     return found
+
+
+def _makes(found: Any, bases: tuple[type, ...]) -> bool:
+    """Whether it is one of the classes, or a function that says it returns one: nothing else may be called."""
+    if not inspect.isfunction(found):
+        return inspect.isclass(found) and issubclass(found, bases)
+    try:
+        made = typing.get_type_hints(found).get("return")
+    except (NameError, TypeError, AttributeError):
+        made = None
+    return inspect.isclass(made) and issubclass(made, bases)
 
 
 def _titles(bases: Sequence[type]) -> str:
@@ -188,7 +210,7 @@ def describe(typehint: Any) -> str:
     if typehint is type(None):
         return "null"
     if origin is collections.abc.Callable:
-        return describe(args[-1])
+        return describe(args[-1]) if args else "function"
     if origin is not None and args:
         inner = [describe(arg) for arg in args if arg is not Ellipsis]
         mapping = isinstance(origin, type) and issubclass(origin, collections.abc.Mapping)

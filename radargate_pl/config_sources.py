@@ -148,6 +148,8 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: There is none; names the files that lie nearest.
     """
+    if not name:
+        raise ConfigError([f"{COMMAND_LINE}: --config needs the path of a YAML file"])
     path = Path(name)
     if path.exists() and not path.is_dir():  # a pipe such as /dev/stdin is as good as a file
         return path

@@ -1,5 +1,6 @@
 """Finished tests of one task: the latest in its folder, those of other models or settings beside it (layer 5)."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from radargate_pl.atomic_files import write_text
 from radargate_pl.folders import replacing_folder
 from radargate_pl.partial_answers import short_key
 
@@ -72,6 +74,43 @@ class FinishedTests:
             (self.folder / RESULTS).unlink()
         if _is_finished(self.earlier(key), key):
             shutil.rmtree(self.earlier(key))
+
+
+def set_aside_other(folder: Path, predictions: str, results: str) -> None:
+    """Copy a finished test to ``earlier/`` that is not, to the last character, the one about to be written.
+
+    Args:
+        folder: ``test/<task>`` of the run folder.
+        predictions: the file to come.
+        results: likewise.
+    """
+    paths = (folder / PREDICTIONS, folder / RESULTS)
+    if not all(path.is_file() for path in paths):
+        return
+    there = [path.read_text(encoding="utf-8") for path in paths]
+    if there == [predictions, results]:
+        return
+    aside = folder / "earlier" / hashlib.sha256("".join(there).encode()).hexdigest()[:16]
+    with replacing_folder(aside) as new:
+        for path in paths:
+            shutil.copyfile(path, new / path.name)
+    rank_zero_info(f"{folder / RESULTS}: of another test, kept in {aside.relative_to(folder)}.")
+
+
+def replace_answers(path: Path, text: str) -> None:
+    """Write answers; others that lie there are kept under the next free number (``predictions.1.jsonl``).
+
+    Args:
+        path: the file.
+        text: its content.
+    """
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        number = 1
+        while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
+            number += 1
+        path.rename(kept)
+        rank_zero_info(f"{path}: the answers of before are kept as {kept.name}.")
+    write_text(path, text)
 
 
 def read(path: Path) -> dict[str, Any]:

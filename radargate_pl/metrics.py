@@ -40,17 +40,21 @@ class TaskScore:
     n: int
 
 
-def score_examples(logits: Tensor, targets: Tensor, example: Tensor, num_examples: int) -> ExampleScores:
+def score_examples(
+    logits: Tensor, targets: Tensor, example: Tensor, num_examples: int, ends: Sequence[int] = ()
+) -> ExampleScores:
     """Score each example of a batch from the logits at its labelled positions.
 
     ``exact_i = all_t argmax(logits_t) == target_t`` over the answer tokens t of example i. Greedy decoding reproduces
-    the target (end token included) iff this holds, by induction over positions, so no generation is needed.
+    the target (end token included) iff this holds, by induction over positions, so no generation is needed. Where a
+    generation stops at several tokens, each of them is right where the target is one of them.
 
     Args:
         logits: labelled positions only, (N, V), any float dtype.
         targets: (N,) int64.
         example: row of the batch each position belongs to, (N,) int64 in [0, num_examples).
         num_examples: rows in the batch, B; a row without answer tokens counts as not exact.
+        ends: ids at which a generation stops.
 
     Returns:
         The scores of the B rows.
@@ -61,7 +65,12 @@ def score_examples(logits: Tensor, targets: Tensor, example: Tensor, num_example
         tensor([ True, False])
     """
     losses = token_cross_entropy(logits, targets).double()
-    hits = (logits.argmax(dim=-1) == targets).long()
+    likeliest = logits.argmax(dim=-1)
+    is_right = likeliest == targets
+    if len(ends) > 1:
+        stops = torch.tensor(ends, device=targets.device)
+        is_right |= torch.isin(targets, stops) & torch.isin(likeliest, stops)
+    hits = is_right.long()
     zeros = torch.zeros(num_examples, dtype=torch.int64, device=logits.device)
     tokens = zeros.index_add(0, example, torch.ones_like(hits))
     right = zeros.index_add(0, example, hits)

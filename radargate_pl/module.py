@@ -210,7 +210,7 @@ class AdaptedLM(LightningModule):
 
     def _score(self, batch: dict[str, Any], stage: str) -> EvaluationOutput:
         step = self.model_step(batch, stage)
-        scores = score_examples(*step.labelled, len(batch["task"]))
+        scores = score_examples(*step.labelled, len(batch["task"]), self.built_network.end_ids)
         self.scores.update(scores, batch["task"])
         return EvaluationOutput(gates=step.gates, scores=scores)
 

@@ -5,6 +5,7 @@ Three hidden folders in the run folder tell how far it has come, so that a kill 
 """
 
 import json
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,8 @@ from typing import Any, Self
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from radargate_pl.folders import find_replaced
 
 ASIDE, RETURNING, DISCARDED = ".overwritten-", ".put-back-", ".discarded-"
 # What runs write, by name; everything else in the folder is somebody's own and stays.
@@ -35,6 +38,7 @@ _OUR_FOLDERS = {
         ("expert.json", "adapter_config.json", "adapter_model.safetensors", "README.md"),
     ),
 }
+_REPLACEMENT = re.compile(r"\.(.+)\.(?:new|old)-[a-z0-9_]{8}")  # see radargate_pl.folders
 _FOLDERS = ("checkpoints", "experts", "gate", "predict", "test")
 
 
@@ -108,6 +112,7 @@ def settle(folder: Path) -> None:
     Args:
         folder: the run folder, which this process has locked.
     """
+    settle_replacements(folder)
     for rest in folder.glob(f"{DISCARDED}*"):
         shutil.rmtree(rest, ignore_errors=True)
     for rest in folder.glob(f"{RETURNING}*"):
@@ -116,6 +121,24 @@ def settle(folder: Path) -> None:
     for aside in folder.glob(f"{ASIDE}*"):
         _put_back(aside)
         rank_zero_info(f"{folder}: the earlier run is back; the one that was to replace it was killed before a step.")
+
+
+def settle_replacements(folder: Path) -> None:
+    """Finish what a kill in the middle of replacing a folder left: the old one comes back if the new one never came.
+
+    Args:
+        folder: the run folder, which this process has locked.
+    """
+    places = (folder, folder / "experts", folder / "gate/experts", *folder.glob("test/*/earlier"))
+    for place in places:
+        for rest in sorted(place.glob(".*")):
+            found = _REPLACEMENT.fullmatch(rest.name)
+            if found is None or (place == folder and found[1] != "gate") or not rest.is_dir():
+                continue
+            if find_replaced(place / found[1]):
+                rank_zero_info(f"{place / found[1]}: back as it was; a process was killed while it replaced it.")
+            if rest.is_dir():
+                shutil.rmtree(rest, ignore_errors=True)
 
 
 def files_of_run(folder: Path) -> Iterator[Path]:

@@ -92,7 +92,7 @@ LAYERS = {
     6: {
         *("cli", "lightning_cli", "config_sources", "config_schema", "config_errors", "config_classes"),
         *("class_help", "fitting_prompts", "kept_settings", "config_places", "config_yaml", "config_names"),
-        *("error_messages", "help_pages", "last_lines", "word_parser"),
+        *("error_messages", "standard_streams", "help_pages", "last_lines", "word_parser"),
         *("domain_command", "doctor", "doctor_checks", "harness", "harness_model"),
         *("score_command", "score_references", "predictions"),
         *("run_folder", "overwriting", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),

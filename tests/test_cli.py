@@ -272,8 +272,21 @@ class TestOtherCommands:
         assert {path.name for path in Path("runs/debug/test").iterdir()} == {"chain_sum", "letter_counting"}
         assert main(["predict", *words, "--model.max_new_tokens", "2"]) == 0
         assert "answers: runs/debug/predict/chain_sum/predictions.jsonl" in caplog.text
-        rows = Path("runs/debug/predict/chain_sum/predictions.jsonl").read_text().splitlines()
+        predictions = Path("runs/debug/predict/chain_sum/predictions.jsonl")
+        rows = predictions.read_text().splitlines()
         assert len(rows) == 3
+        first = {
+            name: (Path("runs/debug/test/chain_sum") / name).read_text() for name in ("results.json", predictions.name)
+        }
+        words[-1] = "best"
+        assert main(["test", *words]) == 0
+        (aside,) = Path("runs/debug/test/chain_sum/earlier").iterdir()
+        assert {path.name: path.read_text() for path in aside.iterdir()} == first, (
+            "the test of another checkpoint is kept"
+        )
+        assert main(["predict", *words, "--data.test_examples", "2", "--model.max_new_tokens", "2"]) == 0
+        assert predictions.with_name("predictions.1.jsonl").read_text().splitlines() == rows
+        assert predictions.read_text().splitlines() != rows
 
 
 PARTS = """

@@ -154,6 +154,48 @@ def test_an_empty_group_replaces_nothing(tmp_path, monkeypatch, capsys):
     assert "rank: 4" in out
 
 
+FOREIGN = """\
+model:
+  network: {init_args: {gate: {class_path: os.system, init_args: {command: touch hacked}}}}
+  optimizer: os.system
+  lr_scheduler: {class_path: subprocess.call, init_args: {args: [touch, hacked]}}
+trainer:
+  logger: {class_path: subprocess.Popen, init_args: {args: [touch, hacked]}}
+  callbacks:
+  - {class_path: builtins.exec, init_args: {source: 1/0}}
+  - class_path: ModelPruning
+    init_args: {pruning_fn: {class_path: os.system, init_args: {command: touch hacked}}}
+  - class_path: LambdaCallback
+    init_args: {on_fit_start: {class_path: subprocess.call, init_args: {args: [touch, hacked]}}}
+"""
+
+
+def test_a_config_calls_nothing_but_what_was_asked_for(mistakes, tmp_path):
+    found = mistakes(text=FOREIGN)
+    assert not (tmp_path / "hacked").exists()
+    expected = [("os.system", "Gate"), ("os.system", "Optimizer"), ("subprocess.call", "LRScheduler")]
+    expected += [("subprocess.Popen", "Logger"), ("builtins.exec", "Callback")]
+    for name, what in expected:
+        assert any(f"'{name}' is not a {what}" in mistake for mistake in found)
+    assert sum("takes no class_path" in mistake for mistake in found) == 2
+    assert len(found) == 7
+    (mistake,) = mistakes("--model.network.gate", "os.system", "--model.network.gate.command", "touch hacked")[:1]
+    assert "'os.system' is not a Gate." in mistake
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_function_that_says_what_it_makes_is_taken(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_factories.py").write_text(
+        "from radargate_pl.gates import StretchGate\n\n\n"
+        "def my_gate(site, top_k: int = 2) -> StretchGate:\n    return StretchGate(site, top_k=top_k)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["fit", "--config", BASE, "--model.network.gate", "my_factories.my_gate", "--print_config"]
+    assert main(words) == 0
+    assert "my_factories.my_gate" in capsys.readouterr().out
+
+
 def test_what_is_missing(mistakes):
     assert mistakes(base=False) == [
         "configuration: data (a LightningDataModule, by class_path) is required and not given"

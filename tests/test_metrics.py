@@ -85,3 +85,13 @@ def test_reset_forgets():
     metric.update(score_examples(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([0]), 1), torch.tensor([0]))
     metric.reset()
     assert [float(state.sum()) for state in metric.metric_state.values()] == [0, 0, 0, 0]
+
+
+def test_any_of_several_ends_is_right_where_an_answer_ends():
+    """Generation stops at each of them, so an answer that ends otherwise than its label reads the same."""
+    likeliest = torch.tensor([4, 2, 4, 3, 2, 2])
+    targets, example = torch.tensor([4, 3, 4, 3, 4, 3]), torch.tensor([0, 0, 1, 1, 2, 2])
+    logits = torch.nn.functional.one_hot(likeliest, 5).float()
+    assert score_examples(logits, targets, example, 3, (2, 3)).exact.tolist() == [True, True, False]
+    assert score_examples(logits, targets, example, 3, (3,)).exact.tolist() == [False, True, False]
+    assert score_examples(logits, targets, example, 3).exact.tolist() == [False, True, False]

@@ -109,6 +109,21 @@ def test_what_the_new_run_reads_is_not_overwritten(run, config):
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("has_new", [True, False])
+def test_a_kill_while_a_folder_is_replaced_is_settled(run, has_new):
+    for name in ("gate", "experts/law"):
+        folder = run / name
+        shutil.copytree(folder, folder.parent / f".{folder.name}.old-ab_12345")
+        shutil.copytree(folder, folder.parent / f".{folder.name}.new-ab_12345")
+        if not has_new:
+            shutil.rmtree(folder)
+    (run / ".mine.old-ab_12345").mkdir()
+    settle(run)
+    for name in ("gate/gate_config.json", "experts/law/expert.json"):
+        assert (run / name).read_text() == name
+    assert [path.name for path in run.rglob(".*")] == [".mine.old-ab_12345"], "what is not ours stays"
+
+
 def test_what_lies_beside_is_read(run):
     Overwriting(run, {"data": {"tasks": "run/mine.txt", "split": "train"}, "model": {"experts": "elsewhere"}})
 

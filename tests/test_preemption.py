@@ -17,7 +17,7 @@ from test_checkpoint import last
 from tiny_runs import adapters, fit, gated_lm, two_row_batches
 
 from radargate_pl.callbacks import ExactResume, Preemption, RotationAngleMonitor, RunCheckpoint
-from radargate_pl.preemption import EXIT_CODE, Preempted, SignalWatch, take_trigger
+from radargate_pl.preemption import EXIT_CODE, SIGNALS, TERMINAL, Preempted, SignalWatch, take_trigger
 from radargate_pl.steps import StepRequests
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def run(folder: Path, *callbacks: Callback, steps: int = 4, resume: Path | None 
 @pytest.fixture
 def handlers() -> Any:
     """Signals do afterwards what they did before."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before, got = [signal.getsignal(number) for number in numbers], []
     for number in numbers:
         signal.signal(number, lambda seen, _: got.append(seen))
@@ -67,15 +67,21 @@ def handlers() -> Any:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize(("step", "in_validation"), [(0, False), (2, False), (1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("number", "step", "in_validation"),
+    [
+        *((number, *at) for number in SIGNALS for at in [(0, False), (2, False), (1, False), (2, True)]),
+        *((number, 1, False) for number in TERMINAL),
+        (signal.SIGINT, 2, True),
+    ],
+)
 def test_a_signal_saves_at_the_next_boundary_and_ends_with_85(
     number: int, step: int, in_validation: bool, tmp_path: Path, handlers: None
 ) -> None:
     with pytest.raises(Preempted) as ended:
         run(tmp_path / "run", At(send(number), step=step, in_validation=in_validation))
     done = step if in_validation else step + 1
-    assert (ended.value.code, ended.value.step) == (EXIT_CODE, done)
+    assert (ended.value.code, ended.value.step) == (128 + number if number in TERMINAL else EXIT_CODE, done)
     assert last(tmp_path / "run")["global_step"] == done
     assert not list((tmp_path / "run").rglob(".*"))
     again, whole = At(lambda: None, step=-1), At(lambda: None, step=-1)
@@ -134,6 +140,38 @@ def test_the_first_signal_only_asks(handlers: None, capfd: pytest.CaptureFixture
     watch.remove()
 
 
+def test_signals_that_are_ignored_stay_so(handlers: None) -> None:
+    """Under nohup a closed terminal is none of the fit's business."""
+    mine = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    watch = SignalWatch(StepRequests())
+    watch.install()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == watch._handle
+    watch.remove()
+    signal.signal(signal.SIGHUP, mine)
+
+
+def test_a_signal_into_a_closed_terminal(handlers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    watch = SignalWatch(StepRequests())
+    watch.install()
+    monkeypatch.setattr(os, "write", refuse)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert (watch.requests.stop, watch.exit_code) == (True, 129)
+    watch.remove()
+
+
+def test_nothing_is_called_saved_before_there_is_a_file(tmp_path: Path, handlers: None) -> None:
+    """Lightning's own count says that step 0 is saved: a signal in the first validation waits for a step."""
+    sanity = At(send(signal.SIGTERM), step=0, in_validation=True)
+    with pytest.raises(Preempted, match="--ckpt_path auto") as ended:
+        run(tmp_path / "run", sanity, num_sanity_val_steps=1)
+    assert ended.value.step == 1
+    assert last(tmp_path / "run")["global_step"] == 1
+
+
 def test_the_second_signal_ends_at_once_and_takes_half_written_files_along(tmp_path: Path) -> None:
     program = f"""
 import os, signal
@@ -189,3 +227,23 @@ def test_a_checkpoint_of_a_repeated_validation_holds_the_random_numbers_of_its_s
     after = last(tmp_path / "run")
     assert after["resume"]["is_validated"]
     assert torch.equal(after["resume"]["random_states"][0]["torch"], before)
+
+
+def test_a_fit_that_goes_back_leaves_nothing_of_the_steps_it_takes_anew(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run/checkpoints"
+    lm = gated_lm(adapters(tmp_path / "experts"))
+    options = {"module": two_row_batches(), "check_val_every_n_epoch": None}
+    callbacks = lambda: (RunCheckpoint(every_n_steps=1, keep=-1), ExactResume())  # noqa: E731
+    fit(lm, tmp_path / "run", *callbacks(), steps=4, val_check_interval=2, **options)
+    first = checkpoints / "step=00000001.ckpt"
+    assert torch.load(checkpoints / "best.ckpt", weights_only=True)["global_step"] > 1
+
+    def die() -> None:
+        raise RuntimeError("the end")
+
+    for at, steps in ((1, {1, 2, 3, 4}), (2, {1, 2})):  # before the first save, and behind it
+        end = At(die, step=at)
+        with pytest.raises(RuntimeError, match="the end"):
+            fit(lm, tmp_path / "run", end, *callbacks(), resume=first, val_check_interval=4, **options)
+        assert {int(path.stem.partition("=")[2]) for path in checkpoints.glob("step=*.ckpt")} == steps
+        assert (checkpoints / "best.ckpt").exists() == (at == 1)

@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from radargate_pl.atomic_files import write_text
 from radargate_pl.data.inputs import NAME
+from radargate_pl.finished_tests import replace_answers
 from radargate_pl.network_checks import goes_by_task
 from radargate_pl.processes import gathered
 
@@ -28,6 +28,8 @@ def _file(trainer: Trainer) -> Path:
 
 class InputAnswers(Callback):
     """Writes ``predict/inputs/predictions.jsonl`` where predict was given ``inputs``: a line for each, in their order.
+
+    Answers of before that differ stay beside them, as ``predictions.1.jsonl``.
 
     A line is ``{"id", "task", "output", "prompt", "truncated"}``; ``task`` is null where the input names none.
     """
@@ -65,4 +67,4 @@ class InputAnswers(Callback):
         rows = {position: row for part in gathered(self._rows, trainer.world_size) for position, row in part.items()}
         if rows and trainer.is_global_zero:
             lines = [json.dumps(rows[position], ensure_ascii=False) + "\n" for position in sorted(rows)]
-            write_text(_file(trainer), "".join(lines))
+            replace_answers(_file(trainer), "".join(lines))

@@ -7,12 +7,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from radargate_pl.callbacks.run_checkpoint import RunCheckpoint
-from radargate_pl.preemption import Preempted, SignalWatch, leave_children_alone, take_trigger
+from radargate_pl.preemption import EXIT_CODE, Preempted, SignalWatch, leave_children_alone, take_trigger
 
 
 class Preemption(Checkpoint):
     """Saves and ends a fit on SIGTERM or SIGUSR1, with exit code 85; saves on ``touch RUN/save_now``.
 
+    Ctrl-C, a closed terminal and SIGQUIT do the same with the exit codes 130, 129 and 131: a person meant the end.
     All ranks agree at the next optimiser step, over the exchange that step makes anyway; then `RunCheckpoint` writes
     its rolling checkpoint and the process ends, to be started again with ``--ckpt_path auto``. A second signal ends it
     at once. Counted as a checkpoint callback so that Lightning calls it behind all others, `RunCheckpoint` included:
@@ -50,7 +51,7 @@ class Preemption(Checkpoint):
         # The last step is not saved before its validation, and the fit ends by itself.
         if done.requests.stop and (not savers or any(saver.has_saved(trainer) for saver in savers)):
             leave_children_alone()
-            raise Preempted(trainer.global_step, saved=bool(savers))
+            raise Preempted(trainer.global_step, saved=bool(savers), code=self._exit_code)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """End a single process in the middle of a validation, if its step was saved before it.
@@ -62,7 +63,11 @@ class Preemption(Checkpoint):
         """
         is_alone = trainer.world_size == 1 and trainer.state.fn == "fit"
         if is_alone and pl_module.requests.stop and any(saver.has_saved(trainer) for saver in _savers(trainer)):
-            raise Preempted(trainer.global_step, saved=True)
+            raise Preempted(trainer.global_step, saved=True, code=self._exit_code)
+
+    @property
+    def _exit_code(self) -> int:
+        return EXIT_CODE if self._watch is None else self._watch.exit_code
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Give the signals back."""

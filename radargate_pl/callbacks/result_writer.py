@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from radargate_pl.atomic_files import write_json, write_text
+from radargate_pl.atomic_files import json_text, write_text
+from radargate_pl.finished_tests import PREDICTIONS, RESULTS, replace_answers, set_aside_other
 from radargate_pl.processes import gathered
 from radargate_pl.step_logging import is_trial
 
@@ -21,6 +22,8 @@ class ResultWriter(Callback):
     * fit: ``gate/`` if a gate trained, ``experts/<name>/`` if experts trained, both from the last step;
     * test: ``test/<task>/results.json`` and ``predictions.jsonl`` (teacher-forced loss and exact match per example);
     * predict: ``predict/<task>/predictions.jsonl`` with the generated answers.
+
+    What another test or predict left there is kept: in ``test/<task>/earlier/``, or as ``predictions.1.jsonl``.
     """
 
     def __init__(self) -> None:
@@ -60,7 +63,7 @@ class ResultWriter(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write scores and examples of each task."""
-        rows = [row for part in gathered(self._rows, trainer.world_size) for row in part]
+        rows = self._rows_of_tasks(trainer)
         if not trainer.is_global_zero:
             return
         network: Any = pl_module.network
@@ -74,8 +77,10 @@ class ResultWriter(Callback):
                 "fingerprints": network.fingerprints,
                 "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
             }
-            _write_lines(folder / "predictions.jsonl", (row for row in rows if row["task"] == task))
-            write_json(folder / "results.json", results)  # last: where it is, the rest is complete
+            predictions, text = _lines(rows.get(task, [])), json_text(results)
+            set_aside_other(folder, predictions, text)
+            write_text(folder / PREDICTIONS, predictions)
+            write_text(folder / RESULTS, text)  # last: where it is, the rest is complete
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin with no rows."""
@@ -89,12 +94,19 @@ class ResultWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the answers of each task."""
-        rows = [row for part in gathered(self._rows, trainer.world_size) for row in part]
+        rows = self._rows_of_tasks(trainer)
         if trainer.is_global_zero:
-            for task in dict.fromkeys(row["task"] for row in rows):
-                path = Path(trainer.default_root_dir) / "predict" / task / "predictions.jsonl"
-                _write_lines(path, (row for row in rows if row["task"] == task))
+            for task, answers in rows.items():
+                path = Path(trainer.default_root_dir) / "predict" / task / PREDICTIONS
+                replace_answers(path, _lines(answers))
+
+    def _rows_of_tasks(self, trainer: Trainer) -> dict[str, list[dict[str, Any]]]:
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for part in gathered(self._rows, trainer.world_size):
+            for row in part:
+                rows.setdefault(row["task"], []).append(row)
+        return rows
 
 
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

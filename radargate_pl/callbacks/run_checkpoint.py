@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from radargate_pl.checkpoint_files import remove_checkpoint, remove_leftovers, second_name, write_checkpoint
+from radargate_pl.checkpoint_files import damage, remove_checkpoint, remove_leftovers, second_name, write_checkpoint
 from radargate_pl.notices import say_once
 from radargate_pl.step_logging import is_trial
 from radargate_pl.validation_state import is_accumulating, validation_follows
@@ -68,6 +70,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self._best: float | None = None
+        self._goes_back = False
 
     @property
     def state_key(self) -> str:
@@ -127,17 +130,20 @@ class RunCheckpoint(ModelCheckpoint):
         """Nothing: in the middle of a step there is no state to go on from, and ``last.ckpt`` is there."""
 
     def has_saved(self, trainer: Trainer) -> bool:
-        """Whether the present step has a checkpoint."""
-        return self._last_global_step_saved == trainer.global_step
+        """Whether the present step has a checkpoint; Lightning counts a fit's beginning as saved, where none lies."""
+        return self._last_global_step_saved == trainer.global_step and self._path(trainer).is_file()
 
     @property
     def _folder(self) -> Path:
         assert self.dirpath is not None, "set in setup"
         return Path(self.dirpath)
 
+    def _path(self, trainer: Trainer) -> Path:
+        return self._folder / f"step={trainer.global_step:08d}.ckpt"
+
     def _save(self, trainer: Trainer, is_best: bool = False) -> None:
         folder = self._folder
-        path = folder / f"step={trainer.global_step:08d}.ckpt"
+        path = self._path(trainer)
         if is_trial(trainer):
             return
         self.last_model_path = str(folder / "last.ckpt")
@@ -148,8 +154,20 @@ class RunCheckpoint(ModelCheckpoint):
             if is_best:  # before last.ckpt: killed in between, a fit repeats the validation
                 second_name(path, folder / "best.ckpt")
             second_name(path, folder / "last.ckpt")
+            self._remove_discarded(folder, trainer.global_step)
             self._remove_older(folder, path)
         trainer.strategy.barrier()
+
+    def _remove_discarded(self, folder: Path, step: int) -> None:
+        """A fit that went back to an earlier checkpoint takes the later steps anew: theirs must not be found again."""
+        if not self._goes_back:
+            return
+        self._goes_back = False
+        later = [path for path in sorted(folder.glob("step=*.ckpt")) if path.name > f"step={step:08d}.ckpt"]
+        later += [folder / "best.ckpt"] if self._best is None else []
+        for path in (path for path in later if _step_of(path) > step):
+            remove_checkpoint(path)
+            rank_zero_info(f"{path}: removed, this fit has gone back behind its step and takes it anew.")
 
     def _remove_older(self, folder: Path, newest: Path) -> None:
         if self.keep == -1:
@@ -169,7 +187,16 @@ class RunCheckpoint(ModelCheckpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep the best value of a checkpoint from this run folder only, wherever that has been moved to."""
         come_from = Path(trainer.ckpt_path).resolve().parent if trainer.ckpt_path else None
-        if come_from != self._folder:
+        self._goes_back = come_from == self._folder
+        best = self._folder / "best.ckpt"
+        if not self._goes_back or _step_of(best) > trainer.global_step:  # what was best is part of what is taken anew
             self._best = None
         elif self._best is not None:
-            self.best_model_path = str(self._folder / "best.ckpt")
+            self.best_model_path = str(best)
+
+
+def _step_of(path: Path) -> int:
+    """Step of a checkpoint file; -1 where there is none, or none that opens."""
+    if not path.is_file() or damage(path) is not None:
+        return -1
+    return int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])

@@ -16,7 +16,7 @@ from radargate_pl.benchmark_results import summary_of
 from radargate_pl.callbacks.benchmark_writer import BenchmarkWriter
 from radargate_pl.callbacks.rotation_angles import RotationAngleMonitor
 from radargate_pl.metrics import mean_over_tasks
-from radargate_pl.preemption import Preempted
+from radargate_pl.preemption import EXIT_CODE, Preempted
 from radargate_pl.provenance import git_state, global_seed, installed_versions, peak_memory_bytes, redact_arguments
 from radargate_pl.quantization import number_of_weights
 
@@ -89,8 +89,9 @@ class RunSummary(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the summary of a command that did not."""
-        interrupted = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
-        status = "preempted" if isinstance(exception, Preempted) else "interrupted" if interrupted else "failed"
+        is_preempted = isinstance(exception, Preempted) and exception.code == EXIT_CODE
+        interrupted = isinstance(exception, (KeyboardInterrupt, SIGTERMException, Preempted))  # by a person
+        status = "preempted" if is_preempted else "interrupted" if interrupted else "failed"
         error = f"{type(exception).__name__}: {exception}".rstrip(": ")
         self._write(trainer, pl_module, status, error)
 
