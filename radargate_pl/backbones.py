@@ -14,6 +14,7 @@ from radargate_pl.built_in_backbones import damaged, whole_folder
 from radargate_pl.cache_folder import cache_folder
 from radargate_pl.fingerprints import fingerprint_tensors
 from radargate_pl.hub import hub_error, is_hub_id
+from radargate_pl.near_paths import lies_here
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +253,7 @@ def _check_could_be_hub_id(backbone: str, path: Path) -> None:
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near_files = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, siblings)]
     near = difflib.get_close_matches(backbone, BUILT_IN, n=2, cutoff=0.7) + near_files
-    if is_hub_id(backbone) and not ("/" not in backbone and near):
+    if is_hub_id(backbone) and not ("/" not in backbone and near) and not lies_here(backbone):
         return
     hint = f"nearest: {', '.join(near)}" if near else f"built in: {', '.join(BUILT_IN)}"
     raise ValueError(

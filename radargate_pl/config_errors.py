@@ -10,6 +10,7 @@ from radargate_pl.config_places import ConfigError, Located, shortened
 from radargate_pl.config_schema import (
     ForeignNameError,
     Schema,
+    all_classes,
     class_options,
     class_schema,
     describe,
@@ -139,7 +140,7 @@ class ConfigCheck:
         problem = _not_as_written(typehint, node, path)
         if problem is None and node.from_command_line and isinstance(node.value, dict):
             return  # --trainer.callbacks.monitor changes the callback added last; jsonargparse knows which
-        problem = problem or _leaf_problem(typehint, node) or _foreign(classes, node.value)
+        problem = problem or _leaf_problem(typehint, node) or _foreign(all_classes(typehint), node)
         if problem is None and not (classes and isinstance(node.value, str) and self._is_class(classes, node)):
             return
         if classes and isinstance(node.value, str):
@@ -193,12 +194,23 @@ def _leaf_problem(typehint: Any, node: Located) -> str | None:
     return None if node.value is None and node.from_command_line else leaf_problem(typehint, node)
 
 
-def _foreign(classes: Sequence[tuple[type, int]], name: Any) -> str | None:
-    """Why a dotted name, of which jsonargparse would call whatever it finds, is not taken."""
-    if not classes or not isinstance(name, str):
+def _foreign(bases: Sequence[type], node: Located) -> str | None:
+    """Why a name inside a value, of which jsonargparse would call whatever it finds, is not taken."""
+    if isinstance(node.value, list):
+        return next((found for child in node.value if (found := _foreign(bases, child))), None)
+    name = node.value
+    if isinstance(node.value, dict):
+        below = () if "class_path" in node.value else bases
+        inside = next((found for child in node.value.values() if (found := _foreign(below, child))), None)
+        if inside is not None or "class_path" not in node.value:
+            return inside
+        name = node.value["class_path"].value
+        if not bases:
+            return f"takes no class_path ({shortened(str(name), 40)})"
+    if not bases or not isinstance(name, str):
         return None
     try:
-        find_class(name, [base for base, _ in classes])
+        find_class(name, bases)
     except ForeignNameError as error:
         return str(error)
     except ValueError:

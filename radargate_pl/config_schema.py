@@ -90,7 +90,7 @@ def class_options(typehint: Any, positionals: int = 0) -> Iterator[tuple[type, i
     if origin in (typing.Union, types.UnionType):
         for option in args:
             yield from class_options(option, positionals)
-    elif origin is collections.abc.Callable:
+    elif origin is collections.abc.Callable and args:  # a bare Callable says not what it makes
         given = len(args[0]) if isinstance(args[0], list) else 0
         yield from class_options(args[-1], given)
     elif inspect.isclass(typehint) and not is_dataclass(typehint) and _is_configurable(typehint):
@@ -100,6 +100,12 @@ def class_options(typehint: Any, positionals: int = 0) -> Iterator[tuple[type, i
 def _is_configurable(cls: type) -> bool:
     plain = cls.__module__.split(".")[0] in ("builtins", "pathlib", "datetime", "enum", "typing", "jsonargparse")
     return not plain and hasattr(cls, "__subclasses__") and cls.__name__ not in ("dtype", "device", "Tensor")
+
+
+def all_classes(typehint: Any) -> list[type]:
+    """The classes of a type and of whatever it holds: of ``dict[str, Gate]`` too."""
+    inside = [base for arg in typing.get_args(typehint) for base in (all_classes(arg) if arg is not typehint else [])]
+    return [*(base for base, _ in class_options(typehint)), *inside]
 
 
 def options_of(typehint: Any) -> list[Any]:
@@ -204,7 +210,7 @@ def describe(typehint: Any) -> str:
     if typehint is type(None):
         return "null"
     if origin is collections.abc.Callable:
-        return describe(args[-1])
+        return describe(args[-1]) if args else "function"
     if origin is not None and args:
         inner = [describe(arg) for arg in args if arg is not Ellipsis]
         mapping = isinstance(origin, type) and issubclass(origin, collections.abc.Mapping)

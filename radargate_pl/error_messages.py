@@ -2,6 +2,7 @@
 
 import re
 import sys
+import textwrap
 import time
 import traceback
 from contextlib import suppress
@@ -14,7 +15,7 @@ _PACKAGE = str(Path(__file__).parent)
 _LINES, _CHARACTERS = 12, 1500
 # What jsonargparse says about each member of a union that the value was never meant for.
 _OTHER_MEMBER = re.compile(r"Expected a (<class |typing\.|collections\.|list|dict|tuple|type )")
-_CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)':\s*")
+_CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)':\n?")
 
 
 def print_error(error: BaseException) -> None:
@@ -72,16 +73,16 @@ def plain_cause(message: str) -> str:
     if not found:
         return message
     listed, _, given = listed.partition("\nGiven value")
-    parts = [part.strip() for part in re.split(r"(?:^|\n) *- ", listed) if part.strip()]
+    parts = [re.sub(r"\n {4}", "\n", part).strip() for part in re.split(r"(?:^|\n) {2}- ", listed) if part.strip()]
     own = [part for part in parts if not _OTHER_MEMBER.match(part)]
     if not own:
         return message
-    cause = plain_cause(own[0])
-    named = _CLASS_PATH.match(cause)
+    named = _CLASS_PATH.match(own[0])
     if named:
-        return f"{named[1]}: {plain_cause(cause[named.end() :].strip())}"
+        return f"{named[1]}: {plain_cause(textwrap.dedent(own[0][named.end() :]).strip())}"
     owner = re.search(r"class_path='([^']+)'", given)
-    return f"{owner[1]}: {cause}" if owner and "\nErrors:\n" not in own[0] else cause
+    cause = plain_cause(own[0])
+    return f"{owner[1]}: {cause}" if owner and cause == own[0] else cause
 
 
 def keep_traceback(error: BaseException) -> Path | None:

@@ -161,7 +161,12 @@ model:
   lr_scheduler: {class_path: subprocess.call, init_args: {args: [touch, hacked]}}
 trainer:
   logger: {class_path: subprocess.Popen, init_args: {args: [touch, hacked]}}
-  callbacks: [{class_path: builtins.exec, init_args: {source: 1/0}}]
+  callbacks:
+  - {class_path: builtins.exec, init_args: {source: 1/0}}
+  - class_path: ModelPruning
+    init_args: {pruning_fn: {class_path: os.system, init_args: {command: touch hacked}}}
+  - class_path: LambdaCallback
+    init_args: {on_fit_start: {class_path: subprocess.call, init_args: {args: [touch, hacked]}}}
 """
 
 
@@ -172,7 +177,8 @@ def test_a_config_calls_nothing_but_what_was_asked_for(mistakes, tmp_path):
     expected += [("subprocess.Popen", "Logger"), ("builtins.exec", "Callback")]
     for name, what in expected:
         assert any(f"'{name}' is not a {what}" in mistake for mistake in found)
-    assert len(found) == 5
+    assert sum("takes no class_path" in mistake for mistake in found) == 2
+    assert len(found) == 7
     (mistake,) = mistakes("--model.network.gate", "os.system", "--model.network.gate.command", "touch hacked")[:1]
     assert "'os.system' is not a Gate." in mistake
     assert not (tmp_path / "hacked").exists()
