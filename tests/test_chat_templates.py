@@ -228,16 +228,22 @@ def test_prompts_keep_the_day_of_the_run_when_the_clock_passes_midnight(dated: s
     assert RecordEncoder(tokenizer, max_length=200, date="2026-11-30").key() == key
 
 
-@pytest.mark.parametrize("change", ["template", "printed token"])
+@pytest.mark.parametrize("change", ["template", "branch", "printed token", "token in a branch"])
 def test_the_key_of_tokens_holds_the_template_and_what_it_renders(chatml: str, change: str) -> None:
+    """The text, since no one rendering walks every branch of it; the rendering, since the text names the day only."""
     tokenizer, other = load_tokenizer(chatml), load_tokenizer(chatml)
+    long = "{% if messages[0].content|length > 3 %}long {{ bos_token }}{% endif %}"
     for one in (tokenizer, other):
-        one.chat_template = "{{ bos_token }}" + CHATML
+        one.chat_template = (long if "branch" in change else "{{ bos_token }}") + CHATML
     if change == "template":
         other.chat_template = other.chat_template.replace("assistant", "model")
+    elif change == "branch":
+        other.chat_template = other.chat_template.replace("long", "wide")
     else:
         other.bos_token = "<unk>"
-    assert RecordEncoder(tokenizer).key() != RecordEncoder(other).key()
+    before, after = RecordEncoder(tokenizer, max_length=200), RecordEncoder(other, max_length=200)
+    assert before.prompt("1 + 1").ids != after.prompt("1 + 1").ids
+    assert before.key() != after.key()
 
 
 @pytest.mark.parametrize("text", ["30.11.2026", "tomorrow", "2026-13-01"])

@@ -154,7 +154,8 @@ class RecordEncoder:
         parts += [repr(sorted(tokenizer.init_kwargs.items(), key=str)) if backend is None else ""]
         parts += [self.format.prompt, self.target, self.max_length, self.is_encoder_decoder, self.special_tokens, GAP]
         # What the template makes of a source: the day, and tokens that it prints by name, are not in its text.
-        parts += [self.format.render("")] if self.format.uses_chat_template else []
+        if self.format.uses_chat_template:
+            parts += [self.format.render(""), sorted(tokenizer.special_tokens_map.items())]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def encode(self, records: Sequence[Record], task: str, bad_records: BadRecords) -> Encoded:
