@@ -19,6 +19,7 @@ from radargate_pl.expert_files import EXPERT_FILE, WEIGHTS_FILE, read_expert_rec
 from radargate_pl.fingerprints import fingerprint_state, fingerprint_tensors
 from radargate_pl.hub import hub_error, is_hub_id
 from radargate_pl.layer_patterns import check_patterns
+from radargate_pl.near_paths import lies_here, nearest_paths
 from radargate_pl.targets import paths_of_config, target_linears
 
 if TYPE_CHECKING:
@@ -215,8 +216,8 @@ def _located(where: str) -> Path:
     path = Path(where).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not is_hub_id(where) or "/" not in where:
-        raise ValueError(f"Expected a PEFT folder or a hub id, but there is no folder {where!r}.")
+    if path.exists() or not is_hub_id(where) or "/" not in where or lies_here(where):
+        raise ValueError(f"Expected a PEFT folder or a hub id, but there is no folder {where!r}.{nearest_paths(where)}")
     from huggingface_hub import snapshot_download
 
     try:

@@ -43,7 +43,16 @@ LAYERS = {
     },
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),
-        *("backbones", "smollm2", "debug_backbone", "hub", "folders", "fingerprints", "quantization"),
+        *(
+            "backbones",
+            "built_in_backbones",
+            "smollm2",
+            "debug_backbone",
+            "hub",
+            "folders",
+            "fingerprints",
+            "quantization",
+        ),
         *(
             "networks",
             "network_checks",
@@ -98,7 +107,7 @@ LAYERS = {
         *("run_folder", "overwriting", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
     },
 }
-FREE = {"", "atomic_files", "cache_folder"}  # the version, and files on a disk: standard library only
+FREE = {"", "atomic_files", "cache_folder", "near_paths"}  # the version, and files on a disk: standard library only
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 # What each layer may import besides torch and the standard library.

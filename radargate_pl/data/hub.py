@@ -1,5 +1,6 @@
 """Reads a data set of the Hugging Face hub, or a local folder in the hub's layout."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from typing import Any
 
 from radargate_pl.cache_folder import cache_folder
 from radargate_pl.data.records import SPLIT_WORDS, Line
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = ("config", "revision")
 
@@ -41,8 +44,11 @@ class HubSource:
         Raises:
             ValueError: If the data set cannot be had, or an option names no column.
         """
-        for split, rows in self._load().items():
-            if split.lower() not in SPLIT_WORDS:
+        splits = self._load()
+        if unread := [split for split in splits if split.lower() not in SPLIT_WORDS]:
+            logger.warning("%s: splits %s are not read, only %s", self.dataset, unread, ", ".join(SPLIT_WORDS))
+        for split, rows in splits.items():
+            if split in unread:
                 continue
             columns = self._columns(rows.column_names)
             names = {column: rows.features[column] for column in rows.column_names}

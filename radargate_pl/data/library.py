@@ -1,11 +1,15 @@
 """Reads sources into tasks: which records belong to which task and split."""
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from radargate_pl.data.record_fields import check_choices_shown
 from radargate_pl.data.records import SPLITS, BadRecords, Placement, Record, Split, parse_record
-from radargate_pl.data.sources import Source, clean_name
+from radargate_pl.data.sources import Source
+from radargate_pl.data.task_names import TaskNames, check_lengths
+from radargate_pl.data.unread_fields import UnreadFields
 
 logger = logging.getLogger(__name__)
 
@@ -51,34 +55,63 @@ class Task:
     skipped: int = 0
 
 
+class _Train:
+    """Train records of one file: those in front that may be used, and the last ones that may become validation.
+
+    Args:
+        limits: What is used; the rest is counted and not kept.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.count = 0
+        self._front: list[Record] = []
+        self._limit = limits.train
+        self._back: deque[Record] = deque(maxlen=max(limits.validation, 1))
+
+    def add(self, record: Record) -> None:
+        self.count += 1
+        (self._front if self._limit is None or len(self._front) < self._limit else self._back).append(record)
+
+    def divided(self, held_out: int) -> tuple[list[Record], list[Record]]:
+        """The records in front of the last `held_out`, as far as they are kept, and these."""
+        kept = [*self._front, *self._back]
+        return self._front[: self.count - held_out], kept[len(kept) - held_out :] if held_out else []
+
+
 class _Gathering:
     """Records of one task while sources are read."""
 
-    def __init__(self) -> None:
-        self.train: dict[str, list[Record]] = {}
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.train: dict[str, _Train] = {}
         self.others: dict[Split, list[Record]] = {"validation": [], "test": []}
         self.categories: dict[str, None] = {}
 
     def add(self, origin: str, split: Split, category: str | None, record: Record) -> None:
-        chosen = self.train.setdefault(origin, []) if split == "train" else self.others[split]
-        chosen.append(record)
+        if split == "train":
+            self.train.setdefault(origin, _Train(self.limits)).add(record)
+        else:
+            limit = self.limits.validation if split == "validation" else self.limits.test
+            if limit is None or len(self.others[split]) < max(limit, 1):
+                self.others[split].append(record)
         if category is not None:
             self.categories[category] = None
 
-    def task(self, name: str, limits: Limits) -> Task:
+    def task(self, name: str) -> Task:
         """Split validation off, apply the limits."""
-        task = Task(name, self._category(name))
+        task, limits = Task(name, self._category(name)), self.limits
         task.records["test"] = self.others["test"][: limits.test]
         task.records["validation"] = self.others["validation"][: limits.validation]
         for origin, records in self.train.items():
             held_out = 0 if self.others["validation"] else limits.validation
-            if records and len(records) <= held_out:
+            if records.count and records.count <= held_out:
                 raise ValueError(
                     f"Expected more than validation_examples={held_out} train records of task {name!r} in {origin}, "
-                    f"but found {len(records)}. Lower validation_examples."
+                    f"but found {records.count}. Lower validation_examples."
                 )
-            task.records["train"] += records[: len(records) - held_out]
-            task.records["validation"] += records[len(records) - held_out :]
+            train, validation = records.divided(held_out)
+            task.records["train"] += train
+            task.records["validation"] += validation
         task.records["train"] = task.records["train"][: limits.train]
         return task
 
@@ -102,29 +135,46 @@ def read_tasks(
     """
     gathered: dict[str, _Gathering] = {}
     owners: dict[tuple[str, Split], str] = {}
-    empty = []
+    names = TaskNames()
+    empty, usable = [], 0
     for source in sources:
-        used = 0
+        used, unread = 0, UnreadFields(source.place)
         for number, line in enumerate(source.lines()):
             try:
                 record, placement = parse_record(line, f"{source.task}-{number}", needs_rationale)
                 split = _split(source, placement)
+                check_choices_shown(record.source, record.targets[0], record.choices)
             except ValueError as error:
                 bad_records.add(source.task, line.where, str(error))
                 continue
-            name = source.task if source.fixed_task or placement.task is None else clean_name(placement.task)
+            unread.note(line.fields)
+            is_named = source.fixed_task or placement.task is None
+            name = source.task if is_named else names.clean(str(placement.task), line.where)
             origin = _claim(owners, name, split, source)
-            gathering = gathered.setdefault(name, _Gathering())
+            gathering = gathered.setdefault(name, _Gathering(limits))
             gathering.add(origin, split, placement.category or source.category, record)
             used += 1
+        unread.say()
+        usable += used
         empty += [] if used else [source.place]
-    bad_records.raise_if_any()
+    bad_records.raise_if_any(usable)
     if empty:
         raise ValueError(f"Expected at least one usable record in every entry of tasks, but none are in {empty}.")
-    tasks = [gathering.task(name, limits) for name, gathering in gathered.items()]
+    check_lengths(gathered)
+    tasks = [gathering.task(name) for name, gathering in gathered.items()]
     for task in tasks:
         task.skipped = bad_records.skipped.get(task.name, 0)
+        _say_repeated(task)
     return tasks
+
+
+def _say_repeated(task: Task) -> None:
+    """Tell how many validation examples are trained on, word for word."""
+    trained = {(record.source, record.targets[0]) for record in task.records["train"]}
+    repeated = sum((record.source, record.targets[0]) in trained for record in task.records["validation"])
+    if repeated:
+        count = len(task.records["validation"])
+        logger.warning("task %s: %d of %d validation examples are among the train examples", task.name, repeated, count)
 
 
 def set_categories(tasks: Iterable[Task], category_of: Mapping[str, str]) -> None:

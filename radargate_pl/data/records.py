@@ -1,9 +1,11 @@
 """Records: one example of a task, and the rules that read it from a line of a file."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from radargate_pl.data.record_fields import answers_of, question_of, text_of, texts_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +86,11 @@ class BadRecords:
         else:
             self.problems.append(f"{where}: {reason}")
 
-    def raise_if_any(self) -> None:
+    def raise_if_any(self, usable: int = 1) -> None:
         """Raise one error for all bad lines so far.
+
+        Args:
+            usable: How many good lines there are; where there are none, leaving the bad ones out is no way on.
 
         Raises:
             ValueError: If there are bad lines and the policy is `raise`.
@@ -98,7 +103,12 @@ class BadRecords:
         found = f"{len(self.problems)} bad record" + ("s" if len(self.problems) > 1 else "")
         raise ValueError(
             f"Expected every record to be usable, but found {found}:\n  {shown}{tail}\n"
-            "Correct them, or set on_bad_record: skip to leave such records out (they are counted and logged)."
+            + (
+                "Correct them, or set on_bad_record: skip to leave such records out (they are counted and logged)."
+                if usable
+                else "No record is usable: the file has another layout. Rename its fields (FILE?source=COLUMN), or "
+                "write it anew."
+            )
         )
 
 
@@ -119,74 +129,29 @@ def parse_record(
     if line.fields is None:
         raise ValueError(line.problem)
     fields = line.fields
-    rationale = _text(fields, "rationale")
+    rationale = text_of(fields, "rationale")
     if needs_rationale and rationale is None:
         raise ValueError("target: rationale was asked for, but the record has no rationale")
     record_id = fields.get("id")
+    if record_id is None or record_id != record_id:  # NaN, as pandas writes what is missing
+        record_id = fallback_id
+    source, targets = question_of(fields), answers_of(fields) if needs_answer else ()
     record = Record(
-        id=fallback_id if record_id is None else str(record_id),
-        source=_source(fields),
-        targets=_targets(fields) if needs_answer else (),
+        id=str(record_id),
+        source=source,
+        targets=targets,
         where=line.where,
         rationale=rationale,
-        choices=tuple(_texts(fields, "choices")),
+        choices=tuple(texts_of(fields, "choices")),
     )
-    return record, Placement(_text(fields, "task"), _text(fields, "category"), _split(fields))
-
-
-def _source(fields: Mapping[str, object]) -> str:
-    """`source` or `question`, the instruction before it."""
-    question = _text(fields, "source")
-    if question is None:
-        question = _text(fields, "question")
-    instruction = _text(fields, "instruction")
-    if question is None and instruction is None:
-        raise ValueError(f"record without source (nor question, nor instruction); it has {_names(fields)}")
-    return "\n\n".join(part for part in (instruction, question) if part is not None)
-
-
-def _targets(fields: Mapping[str, object]) -> tuple[str, ...]:
-    """The accepted answers in order, each once: `targets`, or `target`, or `answer`; then `aliases`."""
-    answers = list(_texts(fields, "targets"))
-    for name in ("target", "answer"):
-        single = None if answers else _text(fields, name)
-        answers += [] if single is None else [single]
-    if not answers:
-        raise ValueError(f"record without targets (nor target, nor answer); it has {_names(fields)}")
-    return tuple(dict.fromkeys([*answers, *_texts(fields, "aliases")]))
+    return record, Placement(text_of(fields, "task"), text_of(fields, "category"), _split(fields))
 
 
 def _split(fields: Mapping[str, object]) -> Split | None:
     """The split that the record names, or None."""
-    name = _text(fields, "split")
+    name = text_of(fields, "split")
     if name is None:
         return None
     if name.lower() not in SPLIT_WORDS:
         raise ValueError(f"split is {name!r}, expected one of {', '.join(SPLIT_WORDS)}")
     return SPLIT_WORDS[name.lower()]
-
-
-def _text(fields: Mapping[str, object], name: str) -> str | None:
-    """A field as text: a number is written out, a missing or blank one is None."""
-    value = fields.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{name} is {type(value).__name__}, expected a string")
-    text = str(value)
-    return text if text.strip() else None
-
-
-def _texts(fields: Mapping[str, object], name: str) -> list[str]:
-    """A field that is a list of texts; one text counts as a list of one, a missing field as none."""
-    value = fields.get(name)
-    if value is None:
-        return []
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        value = [value]
-    texts = [_text({name: item}, name) for item in value]
-    return [text for text in texts if text is not None]
-
-
-def _names(fields: Mapping[str, object]) -> str:
-    return ", ".join(map(str, fields)) or "no fields"

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qsl
 
-from radargate_pl.data.files import SUFFIXES, FileSource, is_record_file, task_and_split
+from radargate_pl.data.files import IN_FOLDERS, FileSource, is_found_in_folders, is_record_file, task_and_split
 from radargate_pl.data.hub import HubSource
 from radargate_pl.data.procedural import PREFIX, ProceduralSource
 from radargate_pl.data.records import Line, Split
+from radargate_pl.data.task_names import clean_name
+from radargate_pl.near_paths import lies_here, nearest_paths
 
 HUB_PREFIX = "hub:"
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
@@ -44,11 +46,6 @@ class Source(Protocol):
         """Yield the lines in order."""
 
 
-def clean_name(name: str) -> str:
-    """A task name that is safe as folder name, state-dict key and log name: other characters become `_`."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
-
-
 def expand(tasks: Tasks, sizes: Mapping[Split, int]) -> list[Source]:
     """List the sources that `tasks` names, in order; nothing is read or downloaded yet.
 
@@ -63,7 +60,9 @@ def expand(tasks: Tasks, sizes: Mapping[Split, int]) -> list[Source]:
     entries = list(_entries(tasks))
     names = [name for name, _ in entries if name is not None]
     if len(set(names)) < len(names):
-        raise ValueError(f"Expected the names in tasks to be unique, but got {names}.")
+        raise ValueError(
+            f"Expected the names in tasks to be unique, also where other characters became _: got {names}."
+        )
     for name, place in entries:
         sources += _sources(name, place, sizes)
     if not sources:
@@ -94,30 +93,32 @@ def _sources(name: str | None, place: str, sizes: Mapping[Split, int]) -> list[S
     if place.startswith(PREFIX):
         generator, options = _options(place.removeprefix(PREFIX))
         return [ProceduralSource(generator, name or clean_name(generator), sizes, options=options)]
-    path = Path(place).expanduser()
     if not place.startswith(HUB_PREFIX):
+        whole = Path(place).expanduser()
+        front, options = (place, {}) if whole.exists() else _options(place)
+        path = Path(front).expanduser()
         if path.is_dir():
-            return list(_folder(path, name))
+            return list(_folder(path, name, options))
         if path.is_file():
             task, split = task_and_split(path)
-            return [FileSource(path, name or clean_name(task), fixed, split=split)]
+            return [FileSource(path, name or clean_name(task), fixed, split=split, options=options)]
         _check_is_hub_id(place)
     dataset, options = _options(place.removeprefix(HUB_PREFIX))
     return [HubSource(dataset, name or clean_name(Path(dataset).name), fixed, options=options)]
 
 
-def _folder(folder: Path, name: str | None) -> Iterator[Source]:
+def _folder(folder: Path, name: str | None, options: Mapping[str, str]) -> Iterator[Source]:
     """Every file of records below `folder`, by path; the folder that a file lies in, if not `folder`, is its category.
 
     With `name` given, all files belong to that one task.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and is_record_file(path))
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and is_found_in_folders(path))
     if not paths:
-        raise ValueError(f"Expected files ending in {', '.join(SUFFIXES)} in the folder {folder}, but found none.")
+        raise ValueError(f"Expected files ending in {', '.join(IN_FOLDERS)} in the folder {folder}, but found none.")
     for path in paths:
         task, split = task_and_split(path)
         category = path.parent.name if path.parent != folder else None
-        yield FileSource(path, name or clean_name(task), name is not None, category, split)
+        yield FileSource(path, name or clean_name(task), name is not None, category, split, options)
 
 
 def _options(text: str) -> tuple[str, dict[str, str]]:
@@ -136,9 +137,10 @@ def _options(text: str) -> tuple[str, dict[str, str]]:
 
 def _check_is_hub_id(place: str) -> None:
     """Refuse what is neither a path that exists nor a hub id, before the hub is asked for a misspelt file."""
-    looks_like_file = place.startswith((".", "/", "~")) or is_record_file(Path(place))
-    if looks_like_file or not HUB_ID.fullmatch(place.partition("?")[0]):
+    front = place.partition("?")[0]
+    looks_like_file = place.startswith((".", "/", "~")) or is_record_file(Path(front))
+    if looks_like_file or not HUB_ID.fullmatch(front) or lies_here(front):
         raise ValueError(
             f"Expected an entry of tasks to be a folder, a file, a hub id (owner/name) or {PREFIX}<name>, "
-            f"but {place!r} is no such file or folder (working directory {Path.cwd()})."
+            f"but {place!r} is no such file or folder (working directory {Path.cwd()}).{nearest_paths(front)}"
         )

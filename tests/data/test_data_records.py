@@ -1,7 +1,9 @@
 """Record rules, sources, splits, and every bad input."""
 
 import gzip
+import json
 import logging
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,7 +34,19 @@ def sources_of(task, split):
         ({"source": "s", "targets": ["a", "b"]}, "s", ("a", "b")),
         ({"source": "s", "target": "a"}, "s", ("a",)),
         ({"question": "q", "answer": "a"}, "q", ("a",)),
-        ({"source": "s", "question": "q", "answer": "a"}, "s", ("a",)),
+        ({"source": "s: q", "question": "q", "answer": "a"}, "s: q", ("a",)),
+        ({"question": "q", "context": "c", "answer": "a"}, "c\n\nq", ("a",)),
+        ({"instruction": "do", "input": "x", "output": "y"}, "do\n\nx", ("y",)),
+        ({"instruction": "do", "input": "", "output": "y"}, "do", ("y",)),
+        ({"system": "be kind", "question": "q", "answer": "a"}, "be kind\n\nq", ("a",)),
+        (
+            {"question": "q", "context": "c", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
+            "c\n\nq",
+            ("a", "b"),
+        ),
+        ({"question": "q", "passage": "p", "input": "i", "target": 2.5}, "p\n\ni\n\nq", ("2.5",)),
+        ({"source": "s", "targets": [float("nan"), "a"]}, "s", ("a",)),
+        ({"instruction": "do", "question": float("nan"), "answer": "a"}, "do", ("a",)),
         ({"instruction": "do", "source": "s", "targets": ["a"]}, "do\n\ns", ("a",)),
         ({"instruction": "do", "targets": ["a"]}, "do", ("a",)),
         ({"source": "s", "targets": ["a"], "target": "z", "answer": "y"}, "s", ("a",)),
@@ -70,6 +84,19 @@ def test_optional_fields_are_kept():
         ({"target": "a"}, "record without source"),
         ({"source": ["s"], "target": "a"}, "source is list, expected a string"),
         ({"source": "s", "target": True}, "target is bool, expected a string"),
+        ({"source": "s", "question": "q", "answer": "a"}, "both source and question"),
+        ({"context": "c", "answer": "a"}, "record without source"),
+        ({"source": "s", "answer": float("nan")}, "record without targets"),
+        ({"source": "s", "answer": float("inf")}, "answer is inf, expected a string or a finite number"),
+        ({"source": "s", "targets": {"a": 1}}, r"targets is an object \(a\), expected a text or a list"),
+        ({"source": "s", "target": {"text": "x"}}, "target is dict, expected a string"),
+        ({"source": "cut \ud83d", "target": "a"}, r"source holds half of a character .* at position 4"),
+        ({"source": "s", "targets": ["a", "\udc00"]}, "targets holds half of a character"),
+        ({"messages": [{"role": "user"}]}, "this looks like chat messages: write source for the user's turn"),
+        ({"conversations": []}, "this looks like ShareGPT"),
+        ({"prompt": "p", "completion": "c"}, "this looks like prompt and completion"),
+        ({"text": "t"}, "this looks like plain text"),
+        ({"Definition": [], "Instances": []}, "natural instructions' own files"),
         ({"source": "s", "target": "a", "split": "tset"}, "split is 'tset', expected one of train"),
     ],
 )
@@ -170,8 +197,8 @@ def test_all_bad_lines_come_in_one_message_with_file_and_line(write_jsonl):
     assert "on_bad_record: skip" in message
 
 
-def test_only_the_first_ten_bad_lines_are_shown(write_jsonl):
-    with pytest.raises(ValueError, match=r"found 12 bad records[^$]*and 2 more"):
+def test_only_the_first_bad_lines_are_shown(write_jsonl):
+    with pytest.raises(ValueError, match=r"found 12 bad records[^$]*and 7 more"):
         read(str(write_jsonl("a.jsonl", ["{"] * 12)))
 
 
@@ -256,3 +283,151 @@ def test_folder_without_records_and_file_listed_twice(tmp_path, write_jsonl, num
 def test_limits_out_of_range(limits, name):
     with pytest.raises(ValueError, match=f"Expected {name} to be"):
         Limits(*limits)
+
+
+# --- files that others write -----------------------------------------------------------------------------------------
+
+ROWS = [{"question": f"q{i}, \u0434\u043e\u043c", "answer": f"a{i}"} for i in range(5)]
+TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def table(delimiter):
+    return "\n".join(
+        [f"question{delimiter}answer", *(f'"{row["question"]}"{delimiter}{row["answer"]}' for row in ROWS)]
+    )
+
+
+FILES = {
+    "lines.jsonl": TEXT.encode(),
+    "bom.jsonl": b"\xef\xbb\xbf" + TEXT.encode(),
+    "crlf.jsonl": TEXT.replace("\n", "\r\n").encode(),
+    "array.json": json.dumps(ROWS, indent=1).encode(),
+    "array.jsonl": json.dumps(ROWS, indent=1).encode(),
+    "line.json": json.dumps(ROWS).encode(),
+    "lines.json": TEXT.encode(),
+    "data.json": json.dumps({"version": 1, "data": ROWS}, indent=1).encode(),
+    "packed.jsonl": gzip.compress(TEXT.encode()),
+    "plain.jsonl.gz": TEXT.encode(),
+    "packed.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+    "table.csv": table(",").encode(),
+    "table.tsv": table("\t").encode(),
+    "bom.csv": b"\xef\xbb\xbf" + table(",").replace("\n", "\r\n").encode(),
+    "table.csv.gz": gzip.compress(table(",").encode()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_other_tools_are_read(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name])
+    (task,) = read(str(tmp_path / name)).values()
+    assert [(r.source, r.targets[0]) for r in task.records["train"]] == [(r["question"], r["answer"]) for r in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"source": "' + b"[" * 9 + b'", "x": ' + b"[" * 200_000 + b"}", "a.jsonl:1: JSON that Python does not read"),
+        (b'{"source": "s", "target": "a", "x": ' + b"7" * 5000 + b"}", "a.jsonl:1: JSON that Python does not read"),
+        (b"[1, 2]", "a.jsonl, record 1: expected a JSON object, found int"),
+        (b"[{", "a.jsonl: not JSON"),
+        ("{'a': 'é'}".encode("latin-1"), "a.jsonl:1: not UTF-8"),
+    ],
+)
+def test_lines_that_python_does_not_read_are_named(tmp_path, content, reason):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read(str(tmp_path / "a.jsonl"))
+
+
+def test_a_row_of_another_length_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\nq,a\nq,a,b\n")
+    with pytest.raises(ValueError, match=r"a\.csv:3: the row has another number of cells than the 2 names"):
+        read(str(tmp_path / "a.csv"))
+
+
+def test_where_no_record_is_usable_skipping_is_not_offered(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"messages": []}\n' * 3)
+    with pytest.raises(ValueError, match="No record is usable: the file has another layout") as caught:
+        read(str(tmp_path / "a.jsonl"))
+    assert "skip" not in str(caught.value)
+
+
+def test_fields_of_a_file_can_be_renamed(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"problem": "p", "solution": "s", "answer": "z"}\n')
+    (task,) = read(f"{tmp_path / 'a.jsonl'}?source=problem&targets=solution").values()
+    assert [(r.source, r.targets) for r in task.records["train"]] == [("p", ("s",))]
+    with pytest.raises(ValueError, match=r"Expected fields \['riddle'\] in .*a\.jsonl, but .*:1 has problem, solution"):
+        read(f"{tmp_path / 'a.jsonl'}?source=riddle")
+
+
+def test_whole_numbers_with_gaps_stay_whole_in_parquet(tmp_path):
+    table = pa.table({"question": ["a", "b", "c"], "answer": pa.array([1.0, float("nan"), 3.0])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    (task,) = read(str(tmp_path / "a.parquet"), policy="skip").values()
+    assert [r.targets for r in task.records["train"]] == [("1",), ("3",)]
+    pq.write_table(pa.table({"question": ["a", "b"], "answer": [1.0, 2.0]}), tmp_path / "b.parquet")
+    (task,) = read(str(tmp_path / "b.parquet")).values()
+    assert [r.targets for r in task.records["train"]] == [("1.0",), ("2.0",)], "the file says so"
+
+
+def test_the_letter_of_a_choice_that_nobody_shows_is_refused(tmp_path):
+    fields = {"question": "Which is red?", "choices": {"text": ["sky", "blood"], "label": ["A", "B"]}, "answer": "B"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(fields) + "\n")
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl:1: the answer 'B' is the letter of a choice, and the question does not"
+    ):
+        read(str(tmp_path / "a.jsonl"))
+    for shown in ({"question": "Which is red? A sky B blood"}, {"answer": "blood"}):
+        (tmp_path / "a.jsonl").write_text(json.dumps({**fields, **shown}) + "\n")
+        assert read(str(tmp_path / "a.jsonl"))["a"].records["train"][0].choices == ("sky", "blood")
+
+
+def test_fields_that_nobody_reads_are_named_once_a_file(tmp_path, caplog):
+    rows = [{"question": f"q{i}", "answer": "a", "hint": "h", "empty": None} for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read(str(tmp_path / "a.jsonl"))
+    (message,) = [m for m in caplog.messages if "not read" in m]
+    assert "a.jsonl: fields hint are not read" in message
+
+
+@pytest.mark.parametrize(("first", "second"), [("\u6570\u5b66", "\u7269\u7406"), ("a b", "a_b"), ("a.b", "a/b")])
+def test_two_tasks_never_become_one(tmp_path, first, second):
+    rows = [{"question": "q", "answer": "a", "task": name} for name in (first, second)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"'{re.escape(first)}' and '{re.escape(second)}' .*a.jsonl:2. both become"):
+        read(str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert list(read(str(tmp_path / "a.jsonl"))) == [clean_name(first)]
+
+
+def test_a_name_no_file_system_takes_is_found_before_the_fit(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "q", "answer": "a", "task": "x" * 300}) + "\n")
+    with pytest.raises(ValueError, match="names of tasks of at most 120 characters"):
+        read(str(tmp_path / "a.jsonl"))
+
+
+def test_only_what_limits_leave_is_kept_in_memory(tmp_path):
+    for count, train, validation in [(50, 10, 4), (12, 10, 4), (9, 10, 4), (50, None, 4), (50, 10, 0), (14, 10, 4)]:
+        rows = [{"question": f"q{i}", "answer": "a"} for i in range(count)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = read(str(tmp_path / "a.jsonl"), train=train, validation=validation)["a"]
+        held_back = count - validation
+        assert sources_of(task, "train") == [f"q{i}" for i in range(held_back)][:train]
+        assert sources_of(task, "validation") == [f"q{i}" for i in range(held_back, count)]
+
+
+def test_validation_examples_that_are_trained_on_are_counted(tmp_path, caplog):
+    rows = [{"question": "same", "answer": "a"}] * 5 + [{"question": "other", "answer": "a"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read(str(tmp_path / "a.jsonl"), validation=2)
+    assert "task a: 1 of 2 validation examples are among the train examples" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["data/flan_cat", "data/flan_cot/aqua.trian"])
+def test_a_mistyped_path_is_no_hub_id(tmp_path, monkeypatch, place):
+    (tmp_path / "data/flan_cot").mkdir(parents=True)
+    (tmp_path / "data/flan_cot/aqua.train.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"no such file or folder .* There (is|are): .*flan_cot") as caught:
+        expand(place, SIZES)
+    assert "hf download" not in str(caught.value)
