@@ -185,8 +185,8 @@ def _rendered(tokenizer: Any, turns: list[dict[str, str]], day: str, opens: bool
     except Exception as error:  # jinja2's, a template's own raise_exception, and transformers' on several templates
         raise ValueError(
             "Expected the tokenizer's chat template to render one turn of a user, but it says: "
-            f"{str(error).rstrip('.')}. Set prompt: plain, or a template of your own with {{source}} in it, or give the "
-            "tokenizer another chat template."
+            f"{str(error).rstrip('.')}. Set prompt: plain, or a template of your own with {{source}} in it, or give "
+            "the tokenizer another chat template."
         ) from error
     return str(text)
 
