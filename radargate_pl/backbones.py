@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from radargate_pl import debug_backbone, smollm2
+from radargate_pl.built_in_backbones import damaged, whole_folder
 from radargate_pl.cache_folder import cache_folder
 from radargate_pl.fingerprints import fingerprint_tensors
-from radargate_pl.folders import folder_made_once
 from radargate_pl.hub import hub_error, is_hub_id
 from radargate_pl.near_paths import lies_here
 
@@ -66,6 +67,7 @@ def load_backbone(
     from radargate_pl.transposed_linear import with_ordinary_linears
 
     weights_dtype = _weights_dtype(dtype)
+    resolve_backbone(backbone, with_weights=True)
     where, gguf = _located(backbone)
     config = _from_pretrained(transformers.AutoConfig, backbone, where, **gguf)
     is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
@@ -139,21 +141,23 @@ def context_length(backbone: str) -> int | None:
     return None if positions is None else int(positions)
 
 
-def resolve_backbone(backbone: str) -> Path | str:
+def resolve_backbone(backbone: str, *, with_weights: bool = False) -> Path | str:
     """Return the folder or `.gguf` file of a backbone, or the hub id itself; built-in ones are made on first use.
 
     Args:
         backbone: as in `load_backbone`.
+        with_weights: of a built-in one, compare the weights with their checksum too; a damaged one is made anew.
 
     Raises:
         ValueError: there is no such backbone (with the nearest names), or a built-in one cannot be fetched.
     """
     folder = cache_folder() / "backbones"
     if backbone == smollm2.NAME:
-        downloads = cache_folder() / "downloads"
-        return folder_made_once(folder / smollm2.FOLDER, lambda new: smollm2.make_smollm2(new, downloads))
+        make = partial(smollm2.make_smollm2, downloads=cache_folder() / "downloads")
+        return whole_folder(folder / smollm2.FOLDER, make, with_weights=with_weights)
     if backbone == debug_backbone.NAME:
-        return folder_made_once(folder / debug_backbone.FOLDER, debug_backbone.make_debug_backbone)
+        place = folder / debug_backbone.FOLDER
+        return whole_folder(place, debug_backbone.make_debug_backbone, with_weights=with_weights)
     path = Path(backbone).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return path
@@ -213,6 +217,8 @@ def _from_pretrained(auto: Any, backbone: str, where: Path | str, **options: Any
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(where, str):
             raise hub_error("backbone", where, error, hint=f"; built in are {' and '.join(BUILT_IN)}") from error
+        if backbone in BUILT_IN:
+            raise ValueError(f"{damaged(Path(where))} ({auto.__name__}: {error})") from error
         raise ValueError(
             f"Expected backbone {backbone!r} to be complete and of a kind that transformers knows, but "
             f"{auto.__name__} could not load it: {error}. Fetch or save it again."

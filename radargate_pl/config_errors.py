@@ -236,6 +236,8 @@ def _not_as_written(typehint: Any, node: Located, path: str) -> str | None:
             f"{variable} is not filled in here; give the value on the command line in double quotes, where the shell "
             f'does it: --{_short(path)} "{value}"'
         )
+    if node.from_command_line and isinstance(node.value, dict) and "class_path" in node.value:
+        return _foreign(all_classes(typehint), node)
     return None
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -32,6 +33,7 @@ from radargate_pl.last_lines import fit_lines, predict_lines, score_lines
 from radargate_pl.module import AdaptedLM
 from radargate_pl.networks import GatedNetwork
 from radargate_pl.overwriting import DiscardOverwritten, Overwriting, settle
+from radargate_pl.processes import beyond_cores
 from radargate_pl.run_callbacks import LoadGateFolder, NameTrainedExperts, StoreConfig, plain_config
 from radargate_pl.run_folder import check_run_folder, is_gate_folder, resolve_checkpoint
 from radargate_pl.run_lock import RunLock
@@ -202,6 +204,9 @@ class RadarGateCLI(LightningCLI):
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         check_launch(os.environ, config.trainer)
+        if not torch.cuda.is_available():
+            trainer, cores = config.trainer, len(os.sched_getaffinity(0))
+            _say([line] if (line := beyond_cores(str(trainer.accelerator), str(trainer.devices), cores)) else [])
         if not self._writes(config):
             return
         folder = Path(config.trainer.default_root_dir)

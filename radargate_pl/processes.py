@@ -45,3 +45,26 @@ def decided_by_first(decide: Callable[[], T], trainer: Trainer) -> T:
     if problem is not None:
         raise problem
     return decided[0]
+
+
+def beyond_cores(accelerator: str, devices: str | int, cores: int) -> str | None:
+    """What to say of more processes on the CPU than it has cores; None where there are enough.
+
+    Args:
+        accelerator: of the trainer; "auto" is the CPU here.
+        devices: of the trainer.
+        cores: that this process may use.
+
+    Example:
+        >>> beyond_cores("cpu", 3, 2)
+        'trainer.devices: 3 processes share 2 cores and wait for each other; --trainer.devices 2 is as quick or quicker'
+        >>> beyond_cores("gpu", 3, 2)
+    """
+    count = int(devices) if str(devices).isdecimal() else 0
+    if accelerator not in ("cpu", "auto") or count <= cores:
+        return None
+    shared = "1 core" if cores == 1 else f"{cores} cores"
+    return (
+        f"trainer.devices: {count} processes share {shared} and wait for each other; "
+        f"--trainer.devices {cores} is as quick or quicker"
+    )

@@ -43,7 +43,16 @@ LAYERS = {
     },
     3: {
         *("adapters", "adapter_checks", "adapter_config", "expert_files", "targets", "expert_banks"),
-        *("backbones", "smollm2", "debug_backbone", "hub", "folders", "fingerprints", "quantization"),
+        *(
+            "backbones",
+            "built_in_backbones",
+            "smollm2",
+            "debug_backbone",
+            "hub",
+            "folders",
+            "fingerprints",
+            "quantization",
+        ),
         *(
             "networks",
             "network_checks",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_adapters import llama, logits, t5
 
-from radargate_pl import backbones
+from radargate_pl import backbones, built_in_backbones
 from radargate_pl.backbones import load_backbone, load_tokenizer, resolve_backbone
 from radargate_pl.cache_folder import cache_folder
 from radargate_pl.folders import folder_made_once, replacing_folder
@@ -218,6 +218,58 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     llama().save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="AutoTokenizer could not load it"):
         load_tokenizer(str(tmp_path / "model"))
+
+
+@pytest.fixture
+def cached(debug_folder, tmp_path, monkeypatch):
+    """The built-in backbone in a cache of its own, to be spoilt."""
+    monkeypatch.setenv("RADARGATE_CACHE", str(tmp_path / "cache"))
+    return shutil.copytree(debug_folder, tmp_path / "cache/backbones" / debug_folder.name)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "spoil", [flip, lambda file: file.write_bytes(file.read_bytes()[:50]), lambda file: file.unlink()]
+)
+def test_a_damaged_built_in_is_made_anew(cached, caplog, name, spoil):
+    before = (cached / name).read_bytes()
+    spoil(cached / name)
+    load_backbone("debug-tiny", "float32")
+    assert (cached / name).read_bytes() == before
+    assert f"{cached} is damaged ({name}) and is made anew" in caplog.text
+
+
+def test_large_files_are_compared_when_they_are_loaded_only(cached, monkeypatch):
+    monkeypatch.setattr(built_in_backbones, "SMALL", 100_000)
+    flip(cached / "model.safetensors")
+    spoilt = (cached / "model.safetensors").read_bytes()
+    load_tokenizer("debug-tiny")
+    assert (cached / "model.safetensors").read_bytes() == spoilt
+
+
+def test_a_damaged_built_in_without_checksums_names_its_folder(cached):
+    """As older versions made them."""
+    (cached / built_in_backbones.CHECKSUMS).unlink()
+    assert load_tokenizer("debug-tiny")
+    (cached / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=f"built-in backbone in {cached} is damaged. Delete that folder"):
+        load_backbone("debug-tiny")
+
+
+def test_a_damaged_built_in_that_cannot_be_mended_names_its_folder(cached, monkeypatch):
+    def refuse(folder):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(backbones.debug_backbone, "make_debug_backbone", refuse)
+    flip(cached / "config.json")
+    with pytest.raises(ValueError, match=f"{cached} is damaged. Delete that folder.*config.json.*Read-only"):
+        load_tokenizer("debug-tiny")
 
 
 # ---- folders that are made once

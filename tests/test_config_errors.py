@@ -181,6 +181,10 @@ def test_a_config_calls_nothing_but_what_was_asked_for(mistakes, tmp_path):
     assert len(found) == 7
     (mistake,) = mistakes("--model.network.gate", "os.system", "--model.network.gate.command", "touch hacked")[:1]
     assert "'os.system' is not a Gate." in mistake
+    call = "{class_path: subprocess.call, init_args: {args: touch hacked}}"
+    typed = f"{{class_path: LambdaCallback, init_args: {{on_fit_start: {call}}}}}"
+    (mistake,) = mistakes("--trainer.callbacks", typed)
+    assert "takes no class_path (subprocess.call)" in mistake
     assert not (tmp_path / "hacked").exists()
 
 
