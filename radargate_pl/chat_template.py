@@ -103,16 +103,23 @@ def turn_end(tokenizer: Any) -> int | None:
     """
     if not tokenizer.chat_template:
         return None
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": _TEXT}]
-    try:
-        text = _rendered(tokenizer, turns, _DAYS[0].isoformat(), opens=False)
-    except ValueError:  # said where a prompt is rendered
-        return None
+    text = _answered(tokenizer)
     _, found, rest = text.rpartition(_TEXT)
     rest = rest.lstrip()
     whole = whole_tokens(tokenizer)
     behind = [token for token in whole if found and rest.startswith(token)]
     return whole[max(behind, key=len)] if behind else None
+
+
+def _answered(tokenizer: Any) -> str:
+    """A chat whose answer is known; some templates want the user to speak last, and some a system turn first."""
+    asked, answered = {"role": "user", "content": "q"}, {"role": "assistant", "content": _TEXT}
+    for turns in ([asked, answered], [asked, answered, asked], [{"role": "system", "content": "s"}, asked, answered]):
+        try:
+            return _rendered(tokenizer, turns, _DAYS[0].isoformat(), opens=False)
+        except ValueError:  # said where a prompt is rendered
+            continue
+    return ""
 
 
 def end_token(tokenizer: Any, is_chat: bool) -> int:
@@ -173,14 +180,23 @@ def set_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], day: str, opens: bool) -> str:
     try:
-        template = _on_day(tokenizer.get_chat_template(), day)
+        template = _on_day(_default(tokenizer.chat_template), day)
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=opens)
     except Exception as error:  # jinja2's, a template's own raise_exception, and transformers' on several templates
         raise ValueError(
-            f"Expected the tokenizer's chat template to render one turn of a user, but it says: {error}. Set prompt: "
-            "plain, or a template of your own with {source} in it, or give the tokenizer another chat template."
+            "Expected the tokenizer's chat template to render one turn of a user, but it says: "
+            f"{str(error).rstrip('.')}. Set prompt: plain, or a template of your own with {{source}} in it, or give "
+            "the tokenizer another chat template."
         ) from error
     return str(text)
+
+
+def _default(template: str | dict[str, str]) -> str:
+    if isinstance(template, str):
+        return template
+    if "default" not in template:
+        raise ValueError(f"there are several, {', '.join(sorted(template))}, and none is called default")
+    return template["default"]
 
 
 @lru_cache(maxsize=32)

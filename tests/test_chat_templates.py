@@ -111,6 +111,21 @@ def test_the_end_is_what_the_template_writes_behind_the_answer(chatml: str, clos
     assert end_token(tokenizer, is_chat=False) == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize(
+    "demand",
+    [
+        "{% if messages|length % 2 == 0 %}{{ raise_exception('the user speaks last') }}{% endif %}",
+        "{% if messages[0].role != 'system' %}{{ raise_exception('a system turn first') }}{% endif %}",
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{% endfor %}",
+    ],
+)
+def test_the_end_is_found_in_templates_that_make_demands(chatml: str, demand: str) -> None:
+    tokenizer = load_tokenizer(chatml)
+    tokenizer.chat_template = {"default": demand + CHATML, "tools": "{{ raise_exception('never') }}"}
+    assert turn_end(tokenizer) == 261
+
+
 @pytest.mark.parametrize("configured", [None, 2, [2, 5]])
 def test_generation_stops_at_the_ends_of_all_three(chatml: str, configured: Any) -> None:
     own = {None: set(), 2: {2}}.get(configured, {2, 5}) if not isinstance(configured, list) else set(configured)
@@ -267,6 +282,15 @@ def test_a_template_that_refuses_a_question_is_one_sentence(chatml: str, templat
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="Expected the tokenizer's chat template to render one turn of a user"):
         RecordEncoder(tokenizer).encode([Record("a", "q", ("a",), "f:1")], "t", BadRecords("raise"))
+
+
+def test_named_templates_without_a_default_are_named(chatml: str) -> None:
+    tokenizer = load_tokenizer(chatml)
+    tokenizer.chat_template = {"tool_use": "x", "rag": "y"}
+    with pytest.raises(
+        ValueError, match=r"but it says: there are several, rag, tool_use, and none is called default\. S"
+    ):
+        RecordEncoder(tokenizer)
 
 
 def test_a_pad_token_beyond_the_embedding_is_refused_by_name(tmp_path: Path) -> None:
