@@ -1,5 +1,6 @@
 """Files that are whole or not there: written beside their target, flushed to disk, renamed (standard library only)."""
 
+import errno
 import json
 import os
 import secrets
@@ -118,7 +119,8 @@ def _write_all(file: BinaryIO, content: bytes) -> None:
 
 def _refusal(path: Path, error: OSError) -> str:
     kept = "the file that was there is whole and unchanged" if path.exists() else "nothing was left behind"
-    return f"Could not write {path}: {error.strerror or error}; {kept}. Free some space or choose another folder"
+    way = "Raise the limit on file sizes (ulimit -f)" if error.errno == errno.EFBIG else "Free some space"
+    return f"Could not write {path}: {error.strerror or error}; {kept}. {way} or choose another folder"
 
 
 def _flush_folder(folder: Path) -> None:

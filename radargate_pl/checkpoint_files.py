@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -29,13 +29,37 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
     def write(file: Any) -> None:
         nonlocal digest
-        torch.save(checkpoint, file)
+        watched = _WatchedFile(file)
+        try:
+            torch.save(checkpoint, cast(BinaryIO, watched))
+        except RuntimeError:  # torch's own, "unexpected pos", may hide what the disk said
+            if watched.error is not None:
+                raise watched.error from None
+            raise
         file.flush()
         digest = sha256_of_file(Path(file.name))
         _announce(path, digest)
 
     save_atomically(path, write)
     write_text(digest_file(path), _line(digest, path))
+
+
+class _WatchedFile:
+    """Remembers what the disk refused."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def second_name(path: Path, target: Path) -> None:

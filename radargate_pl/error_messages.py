@@ -15,6 +15,7 @@ _PACKAGE = str(Path(__file__).parent)
 _LINES, _CHARACTERS = 12, 1500
 # What jsonargparse says about each member of a union that the value was never meant for.
 _OTHER_MEMBER = re.compile(r"Expected a (<class |typing\.|collections\.|list|dict|tuple|type )")
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory|std::bad_alloc", re.IGNORECASE)
 _CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)':\n?")
 
 
@@ -47,6 +48,12 @@ def foreseen(error: BaseException) -> str | None:
             return str(current)
         current = current.__cause__ or current.__context__
     lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # not there: none of its errors either
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        cause = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        return (
+            f"There is not enough memory ({cause}). Free some, raise the limit (ulimit -v, --mem of Slurm), or ask for "
+            "less: a smaller batch_size or max_length, dtype bfloat16, quantization"
+        )
     expected = (OSError, *((lightning.MisconfigurationException,) if lightning else ()))
     return str(error) if isinstance(error, expected) else None
 

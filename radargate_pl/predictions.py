@@ -137,6 +137,9 @@ def _objects(path: Path, mistakes: Mistakes) -> Iterator[tuple[str, Mapping[str,
                 except UnicodeDecodeError as error:
                     mistakes.add(where, f"not UTF-8: {error.reason} at byte {error.start}")
                     continue
+                except (ValueError, RecursionError) as error:  # thousands of digits, brackets in brackets
+                    mistakes.add(where, f"JSON that Python does not read: {str(error)[:80]}")
+                    continue
                 if isinstance(fields, dict):
                     yield where, fields
                 else:

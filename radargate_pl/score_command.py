@@ -158,14 +158,17 @@ def _judge(benchmark: Benchmark, prediction: Prediction) -> Judged:
         raise ValueError(f"its task is {prediction.task}, but --task is {benchmark.name}")
     if not prediction.answers:
         raise ValueError("no answer (nor target, nor targets); add it, or name a file that has it as --references")
-    reference = Reference(prediction.answers)
+    answers = prediction.answers
+    if benchmark.answer_format == "number":  # GSM8K's own column: a solution, and the number behind ####
+        answers = tuple(answer.rpartition("####")[2].strip() or answer for answer in answers)
+    reference = Reference(answers)
     if benchmark.answer_format == "choice":
         reference = reference._replace(choices=prediction.choices or benchmark.labels)
         if not reference.choices:
             raise ValueError(f"no choices; the options of {benchmark.name} differ from question to question")
     output = _output(benchmark, prediction)
     judgement = judge_answer(benchmark, output, reference)
-    answer, *others = prediction.answers
+    answer, *others = answers
     if reference.choices:  # the reference as the option it names
         answer, others = reference.choices[choice_of(answer, reference.choices)], []
     row = Row(judgement.correct, judgement.extracted, answer, output, judgement.value, tuple(others))

@@ -8,8 +8,9 @@ import pytest
 import sacrebleu
 
 from radargate_pl.scoring import CHRF_THRESHOLD, Reference, judge
-from radargate_pl.scoring.choices import choice_of
-from radargate_pl.scoring.numbers import number_of
+from radargate_pl.scoring.choices import choice_of, find_choice
+from radargate_pl.scoring.mathematics import find_mathematics
+from radargate_pl.scoring.numbers import find_number, number_of
 from radargate_pl.scoring.options import read_options
 
 # ---- choice ----
@@ -508,3 +509,58 @@ ROUGES = [
 def test_rouge(output, answers, value, correct):
     found = judge("rouge", output, Reference(answers))
     assert found == (output.strip() or None, correct, pytest.approx(value, abs=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("output", "answers", "correct"),
+    [
+        ("[-10.5, 25.5]", ("[-10.5, 25.5]",), True),
+        (" [-10.5, 25.5]. ", ("[-10.5, 25.5]",), True),
+        ("[-10.5, 2.5]", ("[-10.5, 25.5]",), False),
+        ("25.5", ("[-10.5, 25.5]",), False),
+        ("", ("none",), False),
+        ("It is 7", ("seven", "7"), True),
+        ("seven", ("seven", "7"), True),
+    ],
+)
+def test_answers_of_mathematics_that_are_no_number_are_held_against_the_text(output, answers, correct):
+    assert judge("number or text", output, Reference(answers)).correct == correct
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        ("420", "420"),
+        ("$420$", "420"),
+        (" $\\frac{1}{2}$. ", "\\frac{1}{2}"),
+        ("x^2 + 1", "x^2 + 1"),
+        ("\\frac{1}{2}", "\\frac{1}{2}"),
+        ("(3, 4)", "(3, 4)"),
+        ("We add 3 and 4", None),
+        ("3\n4", None),
+        ("", None),
+    ],
+)
+def test_a_bare_formula_is_an_answer_of_math(output, found):
+    assert find_mathematics(output) == found
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        (r"So \boxed{3} bolts in 2 days.", "3"),
+        (r"\boxed{2}, no: \boxed{1,250} in 3 days", "1250"),
+        (r"\boxed{\frac{3}{4}} of 12", "3/4"),
+        (r"#### 7 and not \boxed{8}", "7"),
+        (r"\boxed{3 + 4} makes 7", "7"),
+        (r"It is 5.", "5"),
+    ],
+)
+def test_a_boxed_number_is_the_answer(output, found):
+    assert find_number(output) == found
+
+
+@pytest.mark.parametrize("dash", ["-", "\u2013", "\u2014"])
+@pytest.mark.parametrize("words", ["I would pick B {} a safe choice.", "The answer is B {} it is cold"])
+def test_a_dash_behind_a_letter_is_like_a_comma(words, dash):
+    assert find_choice(words.format(dash), ["the sun", "the moon", "the sea", "the sky"]) == 1

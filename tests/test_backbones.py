@@ -251,6 +251,8 @@ def test_large_files_are_compared_when_they_are_loaded_only(cached, monkeypatch)
     spoilt = (cached / "model.safetensors").read_bytes()
     load_tokenizer("debug-tiny")
     assert (cached / "model.safetensors").read_bytes() == spoilt
+    load_backbone("debug-tiny")
+    assert (cached / "model.safetensors").read_bytes() != spoilt
 
 
 def test_a_damaged_built_in_without_checksums_names_its_folder(cached):

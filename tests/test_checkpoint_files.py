@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 from pathlib import Path
 
@@ -151,3 +152,17 @@ def test_a_full_disk_leaves_the_older_file_whole(run: Path, monkeypatch: pytest.
     assert damage(path) is None
     assert value_of(path) == 2
     assert not list(path.parent.glob(".*"))
+
+
+def test_a_limit_on_file_sizes_is_said_wherever_it_cuts(tmp_path):
+    """Torch may answer with its own "unexpected pos" where the disk refused."""
+    tensors = {"a": torch.zeros(3000), "b": {str(i): torch.zeros(30) for i in range(9)}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in range(100, 16000, 499):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(OSError, match=r"File too large.*Raise the limit on file sizes \(ulimit -f\)"):
+                write_checkpoint(tmp_path / "step.ckpt", tensors)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("*.tmp"))

@@ -315,6 +315,21 @@ class TestErrors:
         assert "Traceback" not in message
         assert "Namespace" not in message
 
+    @pytest.mark.parametrize(
+        "error",
+        [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")],
+    )
+    def test_too_little_memory_is_a_sentence(self, monkeypatch, capsys, error):
+        def fail(words):
+            raise error
+
+        monkeypatch.setattr("radargate_pl.cli._run", fail)
+        assert main(self.WORDS) == 1
+        said = capsys.readouterr().err
+        assert "There is not enough memory" in said
+        assert "ulimit -v" in said
+        assert "Traceback" not in said
+
     def test_debug_shows_the_traceback(self, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ValueError, match="is no such file or folder"):

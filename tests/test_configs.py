@@ -130,7 +130,7 @@ def test_benchmarks_take_the_place_of_a_runs_data(parsed):
     assert data["init_args"] == {
         **{**given, "tasks": ["glue", "task1"], "limit": 5},
         # Its own defaults, nothing of the mixture's arguments of the same name.
-        **{"max_new_tokens": None, "on_bad_record": "raise", "num_workers": 0, "special_tokens": True},
+        **{"max_new_tokens": None, "on_bad_record": "raise", "num_workers": 0, "special_tokens": True, "date": None},
         # But how the mixture shows its tasks, for those of them that are asked.
         **{"fitting_prompt": "chat", "fitting_special_tokens": True},
     }

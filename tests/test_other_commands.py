@@ -32,7 +32,7 @@ def place(tmp_path, monkeypatch):
         (["good", "--output", "folder"], "Expected --output to be a file, but folder is a folder; name a file in it."),
         (["good", "--output", "good/o"], "Expected --output to be a file in a folder, but "),
         (
-            ["good", "--output", "./good", "--overwrite"],
+            ["good", "--output", "folder/../good", "--overwrite"],
             "Expected --output to be another file than good, which is read",
         ),
         (["good", "--output", "o", "--references", "folder"], "Expected folder to be a file of JSON lines"),

@@ -234,16 +234,16 @@ def test_a_fit_that_goes_back_leaves_nothing_of_the_steps_it_takes_anew(tmp_path
     lm = gated_lm(adapters(tmp_path / "experts"))
     options = {"module": two_row_batches(), "check_val_every_n_epoch": None}
     callbacks = lambda: (RunCheckpoint(every_n_steps=1, keep=-1), ExactResume())  # noqa: E731
-    fit(lm, tmp_path / "run", *callbacks(), steps=4, val_check_interval=2, **options)
-    first = checkpoints / "step=00000001.ckpt"
-    assert torch.load(checkpoints / "best.ckpt", weights_only=True)["global_step"] > 1
+    fit(lm, tmp_path / "run", *callbacks(), steps=4, val_check_interval=1, **options)
+    second = checkpoints / "step=00000002.ckpt"  # which knows of a best value
+    assert torch.load(checkpoints / "best.ckpt", weights_only=True)["global_step"] > 2
 
     def die() -> None:
         raise RuntimeError("the end")
 
-    for at, steps in ((1, {1, 2, 3, 4}), (2, {1, 2})):  # before the first save, and behind it
+    for at, steps in ((2, {1, 2, 3, 4}), (3, {1, 2, 3})):  # before the first save, and behind it
         end = At(die, step=at)
         with pytest.raises(RuntimeError, match="the end"):
-            fit(lm, tmp_path / "run", end, *callbacks(), resume=first, val_check_interval=4, **options)
+            fit(lm, tmp_path / "run", end, *callbacks(), resume=second, val_check_interval=4, **options)
         assert {int(path.stem.partition("=")[2]) for path in checkpoints.glob("step=*.ckpt")} == steps
-        assert (checkpoints / "best.ckpt").exists() == (at == 1)
+        assert (checkpoints / "best.ckpt").exists() == (at == 2)

@@ -242,4 +242,6 @@ def test_the_first_of_equal_scores_is_chosen() -> None:
     assert best_choice([-2.0, -1.0, -1.0]) == 1
     assert best_choice([float("-inf"), -1e30]) == 1
     assert best_choice_by_bytes([-2.0, -4.0], ["ab", "abcd"]) == 0
-    assert best_choice_by_bytes([-2.0, -4.0], ["ab", "\N{CYRILLIC SMALL LETTER DE}abcd"]) == 1  # six bytes
+    assert (
+        best_choice_by_bytes([-2.0, -4.0], ["ab", 3 * "\N{CYRILLIC SMALL LETTER DE}"]) == 1
+    )  # three letters, six bytes

@@ -32,6 +32,7 @@ def test_the_recipe_is_twenty_lines() -> None:
     assert len([line for line in body.splitlines() if line.strip()]) <= 20
 
 
+@pytest.mark.filterwarnings("ignore:expert 'letter_counting' .* changes nothing:UserWarning")  # it was never chosen
 def test_a_gate_of_a_file_in_the_working_directory_is_fitted_saved_and_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ FLAN_COT = (
 
 # Metrics by the category that a file of natural instructions lies in; language, reasoning and others share ROUGE-L.
 NIV2_FORMATS: dict[str, tuple[AnswerFormat, tuple[str, ...]]] = {
-    "mathematics": ("number", ("accuracy", "rouge_l")),
+    "mathematics": ("number or text", ("accuracy", "rouge_l")),
     "translation": ("translation", ("bleu", "chrf", "sentence_chrf_accuracy")),
 }
 

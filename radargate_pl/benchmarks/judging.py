@@ -4,7 +4,7 @@ from radargate_pl.benchmarks.declaration import Benchmark
 from radargate_pl.scoring import Judgement, Reference, judge
 
 # Counts up with every change of what is found in an output or counted as right: answers judged otherwise are not mixed.
-RULES = 3
+RULES = 4
 
 
 def judge_answer(benchmark: Benchmark, output: str, reference: Reference) -> Judgement:

@@ -188,8 +188,14 @@ class RunCheckpoint(ModelCheckpoint):
         """Keep the best value of a checkpoint from this run folder only, wherever that has been moved to."""
         come_from = Path(trainer.ckpt_path).resolve().parent if trainer.ckpt_path else None
         self._goes_back = come_from == self._folder
+        if not self._goes_back:
+            self._best = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Forget a best value whose file is part of the steps taken anew; only now the step is known."""
+        super().on_train_start(trainer, pl_module)
         best = self._folder / "best.ckpt"
-        if not self._goes_back or _step_of(best) > trainer.global_step:  # what was best is part of what is taken anew
+        if self._goes_back and _step_of(best) > trainer.global_step:
             self._best = None
         elif self._best is not None:
             self.best_model_path = str(best)

@@ -99,7 +99,7 @@ class ItemMaker:
 
     def _unjudgeable(self, references: tuple[str, ...], choices: tuple[str, ...]) -> str:
         """Why no output could be held against these references; empty if one can."""
-        if self.protocol == "ranking" or self.benchmark.answer_format not in ("choice", "number"):
+        if self.protocol == "ranking" or self.benchmark.answer_format not in ("choice", "number", "number or text"):
             return ""
         try:
             judge(self.benchmark.answer_format, "", Reference(references, choices))

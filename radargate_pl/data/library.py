@@ -147,7 +147,7 @@ def read_tasks(
             except ValueError as error:
                 bad_records.add(source.task, line.where, str(error))
                 continue
-            unread.note(line.fields)
+            unread.note(line.fields, record)
             is_named = source.fixed_task or placement.task is None
             name = source.task if is_named else names.clean(str(placement.task), line.where)
             origin = _claim(owners, name, split, source)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 # What stands before the question, in this order, each apart by a blank line.
 BEFORE = ("system", "instruction", "context", "passage")
 QUESTIONS = ("source", "question", "input")
-ANSWERS = ("targets", "answers", "target", "answer", "output")
+ANSWERS = ("targets", "answers", "target", "answer", "output", "response")
 # Fields that place or explain a record, or that other tools need: reading them would change nothing.
 PLACING = ("id", "task", "category", "split", "rationale", "choices", "aliases", "target_index", "answer_index")
 READ = frozenset((*BEFORE, *QUESTIONS, *ANSWERS, *PLACING))

@@ -9,7 +9,7 @@ from radargate_pl.scoring.rouge import rouge_l
 from radargate_pl.scoring.short_text import find_text, matches_any
 from radargate_pl.scoring.translations import CHRF_THRESHOLD, sentence_chrf
 
-AnswerFormat = Literal["choice", "number", "math", "translation", "text", "rouge"]
+AnswerFormat = Literal["choice", "number", "number or text", "math", "translation", "text", "rouge"]
 
 
 class Reference(NamedTuple):
@@ -47,8 +47,11 @@ def judge(answer_format: AnswerFormat, output: str, reference: Reference) -> Jud
     format      answer found                                  right if
     =========== ============================================= ===================================================
     choice      see ``find_choice``                           it is an accepted option
-    number      after ``####``, else the last number          equal to an accepted number: 3.0 = 3, 50% = 50
-    math        in the last box, else what "the answer is"    equal as mathematics, see ``equal_mathematics``
+    number      after ``####``, in a box, else the last one   equal to an accepted number: 3.0 = 3, 50% = 50
+    number      the same; the whole output where the answer   as number; as text where that is none
+    or text     is no number
+    math        in the last box, what "the answer is", else   equal as mathematics, see ``equal_mathematics``
+                an output that is nothing but a formula
     translation the whole output                              its sentence chrF reaches ``CHRF_THRESHOLD``
     text        what "the answer is", else the first line     equal to an accepted answer after normalisation
     rouge       the whole output                              the same, articles count; ``value`` is the score
@@ -71,6 +74,8 @@ def judge(answer_format: AnswerFormat, output: str, reference: Reference) -> Jud
             return _judge_choice(output, reference)
         case "number":
             return _judge_number(output, reference)
+        case "number or text":
+            return _judge_number(output, reference, may_be_text=True)
         case "math":
             formula = find_mathematics(output)
             return Judgement(
@@ -96,11 +101,16 @@ def _judge_choice(output: str, reference: Reference) -> Judgement:
     return Judgement(extracted, extracted in accepted)
 
 
-def _judge_number(output: str, reference: Reference) -> Judgement:
-    accepted = [number_of(answer) for answer in reference.answers]
-    for answer, value in zip(reference.answers, accepted, strict=True):
-        if value is None:
-            raise ValueError(f"Expected the answer to be a number of at most 50 digits, but got {answer!r}.")
+def _judge_number(output: str, reference: Reference, may_be_text: bool = False) -> Judgement:
+    """By value; answers that are no number, such as ``[-10.5, 25.5]``, are held against the whole text."""
+    values = {answer: number_of(answer) for answer in reference.answers}
+    texts = [answer for answer, value in values.items() if value is None]
+    if texts and not may_be_text:
+        raise ValueError(f"Expected the answer to be a number of at most 50 digits, but got {texts[0]!r}.")
+    if texts and matches_any(output, texts, drop_articles=False):
+        return Judgement(output.strip(), True)
+    if len(texts) == len(values):
+        return Judgement(output.strip() or None, False)
     found = find_number(output)
     value = None if found is None else value_of(found)
-    return Judgement(found, value is not None and value in accepted)
+    return Judgement(found, value is not None and value in values.values())

@@ -22,11 +22,12 @@ _REASON = (
 )
 _NO_WORD = r"(?!A\s+(?:as|for|not)\b|I\s+(?!because))"  # "A for effort", "I for one"
 _LIST = r"(?!\s*(?:,|/|\bor\b|\band\b)\s*(?:\bor\b\s*|\band\b\s*)?\(?[A-Z]\b\)?)"  # "A or B" chooses nothing
+_DASH = "(?=\\s+[-\u2013\u2014]\\s+[a-z])"  # "B - a safe choice"
 _QUOTE = r"[\"'$\s]*"
 # A letter where the answer is due: "(b)", "B", "B." or "B)", a bare small letter only at the end of its line.
 _STATED_LETTER = re.compile(
     rf"{_QUOTE}(?:(?i:option|choice|letter|answer)\s+)?"
-    rf"(?:\((?P<bracketed>[A-Za-z])\){_LIST}|(?P<bare>[A-Z])(?:{_REASON}|(?=[\"'$\s]*(?:[.,;:)\n]|$))){_LIST}"
+    rf"(?:\((?P<bracketed>[A-Za-z])\){_LIST}|(?P<bare>[A-Z])(?:{_REASON}|{_DASH}|(?=[\"'$\s]*(?:[.,;:)\n]|$))){_LIST}"
     rf"|(?P<small>[a-z])(?=[.)\"'\s]*(?:\n|$)))"
 )
 # "(B) the moon" answers, "(B) is too hot" and "(A), (B) ..." go on to say something.

@@ -8,6 +8,7 @@ from radargate_pl.scoring.numbers import value_of
 from radargate_pl.scoring.plain_text import STATEMENT, before_next_question, plain
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|[A-Za-z]\s+[A-Za-z]{2,}|[?!:;]")  # commands of LaTeX are none
 _HOPE = re.compile(r"\.?\s*I hope it is correct.*", re.IGNORECASE | re.DOTALL)
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _UNITS = re.compile(r"(?<=[\w)}%$])\s*\\(?:text|textrm|mathrm|mbox)\s*\{[^{}]*\}\s*(?:\^\{?\d\}?)?$")
@@ -21,8 +22,8 @@ _NUMBER = re.compile(
 def find_mathematics(output: str) -> str | None:
     r"""Find the formula an answer ends in.
 
-    The content of the last ``\boxed{}``; without one, what the last "the answer is" states on its line. A box that is
-    never closed is no answer.
+    The content of the last ``\boxed{}``; without one, what the last "the answer is" states on its line; without that,
+    an output that is nothing but a formula, such as ``420``. A box that is never closed is no answer.
 
     Args:
         output: a generated text.
@@ -44,7 +45,17 @@ def find_mathematics(output: str) -> str | None:
         dollars = re.match(r"\$+([^$]+)\$+", line)
         if line:
             return (dollars[1] if dollars else line).strip()
-    return None
+    return _bare(text)
+
+
+def _bare(text: str) -> str | None:
+    """An output that is nothing but a formula: one line, in dollar signs or without a word of prose."""
+    line = text.strip().rstrip(".").strip()
+    dollars = re.fullmatch(r"\$+([^$]+)\$+", line)
+    if dollars:
+        return dollars[1].strip() or None
+    is_formula = "\n" not in line and not _PROSE.search(line) and re.search(r"[\w)}]", line)
+    return line if line and is_formula else None
 
 
 def equal_mathematics(reference: str, answer: str) -> bool:

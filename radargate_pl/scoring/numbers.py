@@ -18,6 +18,7 @@ _NUMBER = re.compile(
     rf"|(?P<digits>{_DIGITS}))"
 )
 _MARKER = re.compile(r"####[\s*$]*(?:\\boxed\{\s*)?(?=[-.\d]|" + _CURRENCY + ")")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _FRACTION = re.compile(
     r"\\[dt]?frac\s*(?:\{\s*(?P<minus>-?)\s*(?P<above>\d+)\s*\}|(?P<digit>\d))\s*(?:\{\s*(?P<below>\d+)\s*\}|(?P<last>\d))"
 )
@@ -31,8 +32,8 @@ _MOST_EXPONENT = 50
 def find_number(output: str) -> str | None:
     """Find the number an answer ends in.
 
-    The first ``####`` that a number follows marks the answer, as in GSM8K's solutions; without one it is the last
-    number. A question that the model made up afterwards is not read.
+    The first ``####`` that a number follows marks the answer, as in GSM8K's solutions; without one it is the number in
+    the last ``boxed{}``, and without that the last number. A question that the model made up afterwards is not read.
 
     Args:
         output: a generated text.
@@ -44,10 +45,15 @@ def find_number(output: str) -> str | None:
         >>> find_number("5 bags at $250 cost $1,250.")
         '1250'
     """
-    text = _prepared(before_next_question(output))
+    answered = before_next_question(output)
+    text = _prepared(answered)
     for marker in _MARKER.finditer(text):
         if found := _NUMBER.match(text, marker.end()):
             return _spelled(found)
+    for box in reversed(list(_BOX.finditer(answered))):
+        boxed = list(_NUMBER.finditer(_prepared(box[1])))
+        if len(boxed) == 1:
+            return _spelled(boxed[0])
     found_all = list(_NUMBER.finditer(text))
     return _spelled(found_all[-1]) if found_all else None
 

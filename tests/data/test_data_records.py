@@ -388,6 +388,9 @@ def test_fields_that_nobody_reads_are_named_once_a_file(tmp_path, caplog):
     read(str(tmp_path / "a.jsonl"))
     (message,) = [m for m in caplog.messages if "not read" in m]
     assert "a.jsonl: fields hint are not read" in message
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": "q", "choices": ["x", "y"], "response": "x"}) + "\n")
+    read(str(tmp_path / "b.jsonl"))
+    assert "b.jsonl: 1 questions do not show their choices" in caplog.text
 
 
 @pytest.mark.parametrize(("first", "second"), [("\u6570\u5b66", "\u7269\u7406"), ("a b", "a_b"), ("a.b", "a/b")])
