@@ -25,10 +25,11 @@ from radargate_pl.moe import GateFactory, attach
 from radargate_pl.network_checks import (
     check_arguments,
     check_backbone,
-    check_expert_ids,
     check_experts_of_tasks,
     check_shared_A,
     ids_within_embedding,
+    known_batch,
+    leave_behind,
     prompt_length,
     takes_position_ids,
 )
@@ -124,6 +125,7 @@ class GatedNetwork(nn.Module):
             streams=streams,
             mixture=execution.mixture,
         )
+        leave_behind(self.backbone, self.context)
         check_experts_of_tasks(self)
         if share_A:
             check_shared_A(layers)
@@ -166,9 +168,8 @@ class GatedNetwork(nn.Module):
             inputs = {"position_ids": positions} if self._takes_position_ids else {}
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         kept = targets != IGNORE_INDEX
-        self._replace_context(input_ids, expert, tokens)
-        head = self.backbone.get_output_embeddings()
-        with ids_within_embedding(self.backbone, input_ids), only_positions(head, kept):
+        head, known = self.backbone.get_output_embeddings(), known_batch(self, input_ids, expert, tokens)
+        with known, ids_within_embedding(self.backbone, input_ids), only_positions(head, kept):
             logits = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).logits
         return LabelledLogits(logits, targets[kept], kept.nonzero()[:, 0])
 
@@ -193,21 +194,14 @@ class GatedNetwork(nn.Module):
         begin |= {"pad_token_id": self.tokenizer.pad_token_id, **first_ids(self.start_ids, input_ids)}
         options = {**begin, **with_plain_greedy(generation_kwargs)}
         start = prompt_length(input_ids, self.is_encoder_decoder, options)
-        self._replace_context(input_ids, expert)
         training = self.training
         self.eval()
         try:
-            with ids_within_embedding(self.backbone, input_ids):
+            with known_batch(self, input_ids, expert), ids_within_embedding(self.backbone, input_ids):
                 ids = self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
         finally:
             self.train(training)
         return ids[:, start:]
-
-    def _replace_context(
-        self, input_ids: Tensor, expert: Tensor | None, tokens: dict[str, Tensor] | None = None
-    ) -> None:
-        self.context.replace(None if expert is None else expert.to(input_ids.device), tokens)
-        check_expert_ids(self.context, input_ids.shape[0], self.experts)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode: gates and training experts follow it, the frozen backbone never leaves evaluation mode."""
@@ -228,7 +222,7 @@ class GatedNetwork(nn.Module):
         Raises:
             ValueError: see `recompute_blocks`; ``use_reentrant: True`` above all.
         """
-        self._checkpointed = recompute_blocks(self.backbone, gradient_checkpointing_kwargs or {})
+        self._checkpointed = recompute_blocks(self.backbone, gradient_checkpointing_kwargs or {}, self.context)
         self.train(self.training)
 
     @property
