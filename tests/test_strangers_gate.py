@@ -32,6 +32,7 @@ def test_the_recipe_is_twenty_lines() -> None:
     assert len([line for line in body.splitlines() if line.strip()]) <= 20
 
 
+@pytest.mark.filterwarnings("ignore:expert 'letter_counting' .* changes nothing:UserWarning")  # it was never chosen
 def test_a_gate_of_a_file_in_the_working_directory_is_fitted_saved_and_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,10 +54,7 @@ def test_a_gate_of_a_file_in_the_working_directory_is_fitted_saved_and_loaded(
     with pytest.raises(ValueError, match=r"my_gates.LoudestGate. Pass trust_code=True"):
         GatedNetwork.from_pretrained(tmp_path / "run" / "gate")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.warns(
-        UserWarning, match=r"expert 'letter_counting' .* changes nothing"
-    ):  # never chosen, so never trained
-        network = GatedNetwork.from_pretrained(tmp_path / "run" / "gate", trust_code=True)
+    network = GatedNetwork.from_pretrained(tmp_path / "run" / "gate", trust_code=True)
     assert network.describe() == "LoudestGate(top_k=1)"
     ids = torch.tensor([[5, 6, 7]])
     assert network.generate(ids, torch.ones_like(ids), max_new_tokens=3).shape[0] == 1

@@ -230,6 +230,7 @@ def test_a_cache_that_another_policy_filled_does_not_hide_bad_records(plain_toke
 
 CHANGED = {
     "reversed": lambda rows: rows[::-1],
+    "two of one length": lambda rows: [*rows[:3], rows[4], rows[3], *rows[5:]],
     "answers": lambda rows: [{**row, "target": "other"} for row in rows],
     "one source": lambda rows: [*rows[:3], {**rows[3], "source": "corrected"}, *rows[4:]],
 }
