@@ -169,16 +169,17 @@ def known_batch(
         yield
 
 
-def leave_behind(model: PreTrainedModel, context: Context) -> None:
-    """Let a backbone that is called by itself, or its encoder or decoder, know nothing of the network's last batch.
+def new_context(model: PreTrainedModel) -> Context:
+    """Return what gates are to know, nothing of which stays when the backbone is called by itself.
 
     Args:
-        model: the backbone.
-        context: of its network.
+        model: the backbone; its encoder or decoder may be called by themselves, too.
     """
+    context = Context()
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.register_forward_pre_hook(context.leave_behind)
+    return context
 
 
 def goes_by_task(network: "GatedNetwork") -> bool:

@@ -17,7 +17,7 @@ from radargate_pl.decoder_start import decoder_inputs, first_ids, start_ids
 from radargate_pl.execution import AppliedExecution, Execution
 from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
 from radargate_pl.experts import ExpertBank
-from radargate_pl.gates import Context, RadarGate
+from radargate_pl.gates import RadarGate
 from radargate_pl.greedy import with_plain_greedy
 from radargate_pl.label_logits import LabelledLogits, only_positions
 from radargate_pl.losses import IGNORE_INDEX
@@ -29,7 +29,7 @@ from radargate_pl.network_checks import (
     check_shared_A,
     ids_within_embedding,
     known_batch,
-    leave_behind,
+    new_context,
     prompt_length,
     takes_position_ids,
 )
@@ -113,7 +113,7 @@ class GatedNetwork(nn.Module):
         }
         self.experts, banks = self._banks(tasks or {})
         self.expert_of_task = experts_of_tasks(tasks or {}, self.experts, per=new_experts.per if new_experts else None)
-        self.context, execution = Context(), execution or Execution()
+        self.context, execution = new_context(self.backbone), execution or Execution()
         streams = {path: input_stream(path) for path in banks} if self.is_encoder_decoder else {}
         self.layers = layers = attach(
             self.backbone,
@@ -125,7 +125,6 @@ class GatedNetwork(nn.Module):
             streams=streams,
             mixture=execution.mixture,
         )
-        leave_behind(self.backbone, self.context)
         check_experts_of_tasks(self)
         if share_A:
             check_shared_A(layers)
