@@ -26,6 +26,7 @@ from radargate_pl.networks import GatedNetwork
 
 PAD, IGNORE = 3, -100
 ROWS, LENGTH, ANSWER, NEW_TOKENS = 3, 20, 7, 8
+FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 SHORTER_BY = {1: 5, 2: 9}  # row of the batch to how many of its tokens are padding
 
 
@@ -139,7 +140,7 @@ def same_tokens(peft: PeftModel, network: GatedNetwork) -> bool | None:
     start = 1 if network.is_encoder_decoder else LENGTH
     try:
         expected = peft.generate(input_ids=ids, attention_mask=mask, pad_token_id=PAD, **options)[:, start:]
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+    except FAILURES:
         return None
     found = network.generate(ids, mask, **options)
     shared = min(found.shape[1], expected.shape[1])
@@ -152,18 +153,23 @@ def rows_of(name: str, scratch: Path, tokenizer: Path) -> list[str]:
     make_backbone(kind, backbone, tokenizer)
     rows = []
     for number, (label, targets) in enumerate({**kind.targets, "all-linear": "all-linear"}.items()):
-        adapter = scratch / str(number)
         shown = label if targets == "all-linear" else f"{label}: {', '.join(f'`{target}`' for target in targets)}"
-        try:
-            make_adapter(backbone, targets, adapter)
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            rows.append(f"| {name} | {shown} | PEFT refuses: {one_line(error)} | |")
-            continue
-        try:
-            rows.append(f"| {name} | {shown} | {' | '.join(words(compare(backbone, adapter)))} |")
-        except ValueError as error:
-            rows.append(f"| {name} | {shown} | refused: {one_line(error)} | |")
+        rows.append(f"| {name} | {shown} | {' | '.join(cells(backbone, targets, scratch / str(number)))} |")
     return rows
+
+
+def cells(backbone: Path, targets: list[str] | str, adapter: Path) -> tuple[str, str]:
+    """What came of one pair, as two cells."""
+    try:
+        make_adapter(backbone, targets, adapter)
+    except FAILURES as error:
+        return f"PEFT cannot: {one_line(error)}", "-"
+    try:
+        return words(compare(backbone, adapter))
+    except ValueError as error:
+        return f"refused: {one_line(error)}", "-"
+    except FAILURES as error:
+        return f"fails: {type(error).__name__}: {one_line(error)}", "-"
 
 
 def words(outcome: Outcome) -> tuple[str, str]:
