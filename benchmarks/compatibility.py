@@ -1,6 +1,6 @@
 """Which backbones take PEFT's adapters: tiny random models of every kind, this package's logits against PEFT's own.
 
-    python benchmarks/compatibility.py                        # every kind, as a table in Markdown; some ten minutes
+    python benchmarks/compatibility.py                        # every kind, as a table in Markdown; some minutes
     python benchmarks/compatibility.py --kinds llama gpt2     # some
 
 Per kind and set of layers an adapter is made and saved by PEFT, and read by `GatedNetwork` under the one-hot gate of
@@ -30,6 +30,10 @@ FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, R
 SHORTER_BY = {1: 5, 2: 9}  # row of the batch to how many of its tokens are padding
 
 
+class PeftFailsError(Exception):
+    """PEFT itself cannot do this, so there is nothing to compare with."""
+
+
 class Outcome(NamedTuple):
     """What came of one kind and set of layers.
 
@@ -53,6 +57,7 @@ def make_backbone(kind: Kind, folder: Path, tokenizer: Path) -> None:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
+    model.generation_config.forced_eos_token_id = None  # BART's, which this package says it does not apply
     model.float().save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
@@ -116,13 +121,17 @@ def compare(backbone: Path, adapter: Path, generates: bool = True) -> Outcome:
 
     Raises:
         ValueError: this package refuses backbone or adapter.
+        PeftFailsError: there is nothing to compare with.
     """
     model = read(backbone)
     given, labels, kept = inputs_of(model)
-    peft = PeftModel.from_pretrained(model, adapter).eval()
-    expected = peft(**given, use_cache=False).logits[kept]
-    with peft.disable_adapter():
-        bare = peft(**given, use_cache=False).logits[kept]
+    try:
+        peft = PeftModel.from_pretrained(model, adapter).eval()
+        expected = peft(**given, use_cache=False).logits[kept]
+        with peft.disable_adapter():
+            bare = peft(**given, use_cache=False).logits[kept]
+    except FAILURES as error:
+        raise PeftFailsError(one_line(error)) from error
     gate = partial(DirectLoRA, expert="one")
     network = GatedNetwork(backbone=str(backbone), dtype="float32", experts={"one": str(adapter)}, gate=gate).eval()
     found = network(given["input_ids"], given["attention_mask"], labels).logits
@@ -166,8 +175,10 @@ def cells(backbone: Path, targets: list[str] | str, adapter: Path) -> tuple[str,
         return f"PEFT cannot: {one_line(error)}", "-"
     try:
         return words(compare(backbone, adapter))
+    except PeftFailsError as error:
+        return f"PEFT cannot: {error}", "-"
     except ValueError as error:
-        return f"refused: {one_line(error)}", "-"
+        return f"refused: {one_line(error).partition(f'({adapter}): ')[2] or one_line(error)}", "-"
     except FAILURES as error:
         return f"fails: {type(error).__name__}: {one_line(error)}", "-"
 
@@ -183,7 +194,7 @@ def words(outcome: Outcome) -> tuple[str, str]:
 def one_line(error: Exception) -> str:
     """The first problem that an error names, cut for a cell."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[min(1, len(lines) - 1)][:160].replace("|", "/")
+    return lines[min(1, len(lines) - 1)][:200].replace("|", "/")
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
