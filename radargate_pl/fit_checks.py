@@ -97,7 +97,7 @@ def check_monitors(lm: "AdaptedLM") -> None:
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or not getattr(callback, "strict", True):
             continue
         name = callback.monitor
-        if isinstance(callback, EarlyStopping) and name.startswith("val/") and not lm.trainer.enable_validation:
+        if isinstance(callback, EarlyStopping) and str(name).startswith("val/") and not lm.trainer.enable_validation:
             raise ValueError(
                 f"Expected a fit with validations for EarlyStopping on {name!r}, but got none. Raise "
                 "trainer.limit_val_batches, or monitor train/loss."
