@@ -36,7 +36,7 @@ def identity_of(network: "GatedNetwork") -> dict[str, Any]:
         ``config``: name to value; ``tokenizer`` and ``chat_template``: hashes.
     """
     tokenizer: Any = network.tokenizer
-    config = {k: v for k, v in network.backbone.config.to_dict().items() if k not in IRRELEVANT and v is not None}
+    config = {k: v for k, v in network.backbone.config.to_dict().items() if k not in IRRELEVANT}
     words = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"], sorted(tokenizer.all_special_ids)]
     return {
         "config": json.loads(json.dumps(config, default=str)),
