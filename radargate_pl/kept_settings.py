@@ -44,6 +44,9 @@ def kept_by(checkpoint: Path) -> dict[str, Any]:
 
     Returns:
         ``date`` and ``answer_end``; where it lies in no run folder, ``date`` and ``end``, the token or its id.
+
+    Raises:
+        ValueError: for a file that is damaged, naming it.
     """
     if is_gate_folder(checkpoint):
         found = _read(checkpoint / "gate_config.json")
@@ -56,10 +59,16 @@ def kept_by(checkpoint: Path) -> dict[str, Any]:
 
 def _held_by(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint that was copied out of its run folder says itself."""
-    loops = load_checkpoint(str(checkpoint)).get("loops", {})
-    loaders = loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
-    facts = [loader["contents"]["encoding"] for loader in loaders if isinstance(loader, dict) and "contents" in loader]
-    return {"date": facts[0]["date"], "end": facts[0]["answer_end"]} if facts else dict(BEFORE)
+    content = load_checkpoint(str(checkpoint))
+    try:
+        loaders = content.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
+        facts = [one["contents"]["encoding"] for one in loaders if isinstance(one, dict) and "contents" in one]
+        return {"date": facts[0]["date"], "end": facts[0]["answer_end"]} if facts else dict(BEFORE)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Expected {checkpoint} to be a whole checkpoint of radargate, but its loops are damaged. Nothing in it "
+            "was used; give a file from checkpoints/ of a run folder, or --ckpt_path auto for the newest whole one."
+        ) from error
 
 
 def _rule_for(token: str | int, tokenizer: str) -> str:
@@ -82,6 +91,10 @@ def _data_of(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8")
-    found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected {path} to be whole, but it is damaged: {reason}. Restore it.") from error
     return found if isinstance(found, Mapping) else {}
