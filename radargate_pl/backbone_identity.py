@@ -37,7 +37,7 @@ def identity_of(network: "GatedNetwork") -> dict[str, Any]:
         ``config``: name to value; ``tokenizer`` and ``chat_template``: hashes.
     """
     tokenizer: Any = network.tokenizer
-    config = {k: v for k, v in network.backbone.config.to_dict().items() if k not in IRRELEVANT and v is not None}
+    config = {k: v for k, v in network.backbone.config.to_dict().items() if k not in IRRELEVANT}
     return {
         "config": json.loads(json.dumps(config, default=str)),
         "tokenizer": _hash_of_tokenizer(tokenizer, len(tokenizer), tuple(sorted(tokenizer.all_special_ids))),

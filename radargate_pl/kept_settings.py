@@ -59,16 +59,16 @@ def kept_by(checkpoint: Path) -> dict[str, Any]:
 
 def _held_by(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint that was copied out of its run folder says itself."""
-    content = load_checkpoint(str(checkpoint))
-    try:
-        loaders = content.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
-        facts = [one["contents"]["encoding"] for one in loaders if isinstance(one, dict) and "contents" in one]
-        return {"date": facts[0]["date"], "end": facts[0]["answer_end"]} if facts else dict(BEFORE)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"Expected {checkpoint} to be a whole checkpoint of radargate, but its loops are damaged. Nothing in it "
-            "was used; give a file from checkpoints/ of a run folder, or --ckpt_path auto for the newest whole one."
-        ) from error
+    loops = load_checkpoint(str(checkpoint)).get("loops", {})
+    loaders = _inside(_inside(_inside(loops, "fit_loop"), "state_dict"), "combined_loader")
+    contents = [_inside(loader, "contents") for loader in loaders] if isinstance(loaders, list) else []
+    facts = [_inside(part, "encoding") for part in contents]
+    known = [part for part in facts if isinstance(part, Mapping) and {"date", "answer_end"} <= part.keys()]
+    return {"date": known[0]["date"], "end": known[0]["answer_end"]} if known else dict(BEFORE)
+
+
+def _inside(value: object, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else None
 
 
 def _rule_for(token: str | int, tokenizer: str) -> str:

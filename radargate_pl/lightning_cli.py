@@ -191,14 +191,15 @@ class RadarGateCLI(LightningCLI):
             settle(folder)
         self._checkpoint = resolve_checkpoint(str(self._asked), folder, self.config.subcommand) if self._asked else None
         config.ckpt_path = None
+        if self._checkpoint is not None and not is_gate_folder(self._checkpoint):
+            check_content(self._checkpoint, self.config.subcommand)
+        keep_settings(config, self._checkpoint)
         if self._checkpoint is not None and is_gate_folder(self._checkpoint):
             self.trainer_defaults["callbacks"] = [LoadGateFolder(self._checkpoint)]
         elif self._checkpoint is not None:
-            check_content(self._checkpoint, self.config.subcommand)
             config.ckpt_path = str(self._checkpoint)
             if self.config.subcommand != "fit":
                 self.trainer_defaults["callbacks"] = [NameTrainedExperts(self._checkpoint)]
-        keep_settings(config, self._checkpoint)  # of a file that is known to be one of ours
 
     def before_instantiate_classes(self) -> None:
         """Refuses to mix two runs in one folder."""

@@ -467,12 +467,11 @@ def test_a_checkpoint_and_a_gate_of_an_earlier_version_say_its_end(tmp_path: Pat
 
 
 def test_files_that_say_day_and_end_and_are_damaged_are_named(tmp_path: Path) -> None:
-    torch.save({"loops": {"fit_loop": None}}, tmp_path / "loops.ckpt")
     (tmp_path / "gate").mkdir()
     (tmp_path / "gate/gate_config.json").write_text("{")
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/config.yaml").write_text("data: [")
-    places = {"loops.ckpt": "loops.ckpt", "gate": "gate/gate_config.json", "run/checkpoints/a.ckpt": "run/config.yaml"}
+    places = {"gate": "gate/gate_config.json", "run/checkpoints/a.ckpt": "run/config.yaml"}
     for given, named in places.items():
         with pytest.raises(ValueError, match=rf"Expected .*{named} to be .*whole.* damaged"):
             kept_by(tmp_path / given)
