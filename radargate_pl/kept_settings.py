@@ -44,6 +44,9 @@ def kept_by(checkpoint: Path) -> dict[str, Any]:
 
     Returns:
         ``date`` and ``answer_end``; where it lies in no run folder, ``date`` and ``end``, the token or its id.
+
+    Raises:
+        ValueError: for a file that is damaged, naming it.
     """
     if is_gate_folder(checkpoint):
         found = _read(checkpoint / "gate_config.json")
@@ -88,6 +91,10 @@ def _data_of(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8")
-    found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected {path} to be whole, but it is damaged: {reason}. Restore it.") from error
     return found if isinstance(found, Mapping) else {}
