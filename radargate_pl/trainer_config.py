@@ -1,5 +1,7 @@
 """The ``trainer`` section of a config, checked before Lightning sees it (layer 6)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -67,3 +69,16 @@ def make_plain(callbacks: Any) -> None:
                 arguments[name] = value.value
             elif isinstance(value, torch.device):
                 arguments[name] = str(value)
+
+
+@contextmanager
+def naming_the_trainer() -> Iterator[None]:
+    """Say of what Lightning refuses while it makes the trainer that it is about the config's section ``trainer``.
+
+    Raises:
+        ConfigError: with Lightning's own sentence.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:  # a strategy, precision or plugin that cannot be had
+        raise ConfigError([f"configuration: trainer: {error}"]) from error
