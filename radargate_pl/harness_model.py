@@ -1,5 +1,6 @@
 """A gated network as lm-evaluation-harness sees a model (layer 6; needs the extra ``harness``)."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -35,19 +36,19 @@ class GatedHFLM(HFLM):
         )
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        self._prepare(len(inps))
-        if labels is None:
-            return super()._model_call(inps)
-        start = self.network.start_ids
-        inputs = decoder_inputs(labels, start, int(self.tokenizer.pad_token_id))
-        with torch.no_grad():
-            logits = self.model(
-                input_ids=inps, attention_mask=attn_mask, decoder_input_ids=inputs.input_ids, use_cache=False
-            ).logits
+        with self._known(len(inps)):
+            if labels is None:
+                return super()._model_call(inps)
+            start = self.network.start_ids
+            inputs = decoder_inputs(labels, start, int(self.tokenizer.pad_token_id))
+            with torch.no_grad():
+                logits = self.model(
+                    input_ids=inps, attention_mask=attn_mask, decoder_input_ids=inputs.input_ids, use_cache=False
+                ).logits
         return logits[:, len(start) - 1 :]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        self._prepare(len(context))
+        rows = len(context)
         options = dict(generation_kwargs)
         if options.get("do_sample") is None and not options.get("temperature"):  # as the harness: greedy
             options["do_sample"] = False
@@ -55,12 +56,13 @@ class GatedHFLM(HFLM):
         if start:
             context, options["attention_mask"] = padded_on_the_right(context, options["attention_mask"])
         options = {**first_ids(start, context), **with_plain_greedy(options)}
-        return super()._model_generate(context, max_length, stop, **options)[:, len(start) :]
+        with self._known(rows):
+            return super()._model_generate(context, max_length, stop, **options)[:, len(start) :]
 
-    def _prepare(self, rows: int) -> None:
-        """Say whose batch the next forward is: gates outlive a forward, so an old one's ids would be taken for it."""
+    def _known(self, rows: int) -> AbstractContextManager[None]:
+        """Say whose batch the block is about."""
         expert = None if self.expert is None else torch.full((rows,), self.expert, device=self.device)
-        self.network.context.replace(expert)
+        return self.network.context.batch(expert)
 
 
 def padded_on_the_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

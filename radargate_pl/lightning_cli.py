@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
@@ -26,6 +27,7 @@ from radargate_pl.config_places import ConfigError, Located
 from radargate_pl.config_schema import drop_empty_groups, parser_schema
 from radargate_pl.config_sources import CommandLine, drop_replaced, find_config, merge, read_command_line, setting_tree
 from radargate_pl.config_yaml import read_yaml
+from radargate_pl.fit_checks import check_takes_steps, check_trainer
 from radargate_pl.fitting_prompts import FittingPrompts
 from radargate_pl.help_pages import COMMANDS, asks_for_help, check_command
 from radargate_pl.kept_settings import keep_settings
@@ -39,6 +41,7 @@ from radargate_pl.run_folder import check_run_folder, is_gate_folder, resolve_ch
 from radargate_pl.run_lock import RunLock
 from radargate_pl.run_loggers import RunCSVLogger, RunTensorBoardLogger
 from radargate_pl.slurm import check_launch
+from radargate_pl.trainer_config import check_run_path, check_trainer_config, make_plain
 
 _EPILOG = (
     "radargate doctor tells what is wrong with a machine or a config, radargate score scores predictions, radargate "
@@ -180,9 +183,7 @@ class RadarGateCLI(LightningCLI):
         if not self.config.get("subcommand"):
             return
         config = self.config[self.config.subcommand]
-        if not config.trainer.default_root_dir:
-            found = f"{config.trainer.default_root_dir!r}"
-            raise ConfigError([f"configuration: trainer.default_root_dir: expected the run folder, found {found}."])
+        check_run_path(config.trainer.default_root_dir)
         folder = Path(config.trainer.default_root_dir)
         self._asked = config.get("ckpt_path")
         if self._writes(config):
@@ -203,6 +204,9 @@ class RadarGateCLI(LightningCLI):
         """Refuses to mix two runs in one folder."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
+        make_plain(config.trainer.callbacks)
+        if self.subcommand == "fit":
+            check_trainer_config(config.trainer)
         check_launch(os.environ, config.trainer)
         if not torch.cuda.is_available():
             trainer, cores = config.trainer, len(os.sched_getaffinity(0))
@@ -235,9 +239,15 @@ class RadarGateCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        # Lightning refuses a callback whose job the trainer's switches turn off.
+        # Lightning refuses a callback whose job the trainer's switches turn off, and a second progress bar.
         off = tuple(kind for name, kinds in SWITCHES.items() if config[name] is False for kind in kinds)
-        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
+        given = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
+        off += (RunProgressBar,) if any(isinstance(one, ProgressBar) for one in given) else ()
+        trainer = super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
+        if self.subcommand == "fit":
+            check_trainer(trainer)
+            check_takes_steps(trainer)
+        return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

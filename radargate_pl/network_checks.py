@@ -149,6 +149,39 @@ def check_expert_ids(context: Context, rows: int, experts: tuple[str, ...]) -> N
         )
 
 
+@contextmanager
+def known_batch(
+    network: "GatedNetwork", input_ids: Tensor, expert: Tensor | None, tokens: dict[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Let the gates know a batch while the block runs.
+
+    Args:
+        network: of the gates.
+        input_ids: (examples, length) int64.
+        expert: id of each example's own expert, (examples,) int64, or ``None``.
+        tokens: stream name to the mask of real tokens, (examples, length) bool.
+
+    Raises:
+        ValueError: see `check_expert_ids`.
+    """
+    with network.context.batch(None if expert is None else expert.to(input_ids.device), tokens):
+        check_expert_ids(network.context, input_ids.shape[0], network.experts)
+        yield
+
+
+def new_context(model: PreTrainedModel) -> Context:
+    """Return what gates are to know, nothing of which stays when the backbone is called by itself.
+
+    Args:
+        model: the backbone; its encoder or decoder may be called by themselves, too.
+    """
+    context = Context()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.register_forward_pre_hook(context.leave_behind)
+    return context
+
+
 def goes_by_task(network: "GatedNetwork") -> bool:
     """Whether an example is answered by the expert of its own task (TaskGate)."""
     return any(isinstance(layer.gate, TaskGate) for layer in network.layers.values())
@@ -218,7 +251,7 @@ def prompt_length(input_ids: Tensor, is_encoder_decoder: bool, generation_kwargs
     if generation_kwargs.get("return_dict_in_generate"):
         raise ValueError(
             "Expected return_dict_in_generate to be off: generate returns the new ids only. Call "
-            "network.backbone.generate for more."
+            "network.backbone.generate for more, inside `with network.context.batch(expert=ids):` under TaskGate."
         )
     if not is_encoder_decoder:
         return input_ids.shape[1]

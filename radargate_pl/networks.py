@@ -17,7 +17,7 @@ from radargate_pl.decoder_start import decoder_inputs, first_ids, start_ids
 from radargate_pl.execution import AppliedExecution, Execution
 from radargate_pl.expert_banks import experts_of_tasks, input_stream, loaded_banks, new_banks
 from radargate_pl.experts import ExpertBank
-from radargate_pl.gates import Context, RadarGate
+from radargate_pl.gates import RadarGate
 from radargate_pl.greedy import with_plain_greedy
 from radargate_pl.label_logits import LabelledLogits, only_positions
 from radargate_pl.losses import IGNORE_INDEX
@@ -25,10 +25,11 @@ from radargate_pl.moe import GateFactory, attach
 from radargate_pl.network_checks import (
     check_arguments,
     check_backbone,
-    check_expert_ids,
     check_experts_of_tasks,
     check_shared_A,
     ids_within_embedding,
+    known_batch,
+    new_context,
     prompt_length,
     takes_position_ids,
 )
@@ -112,7 +113,7 @@ class GatedNetwork(nn.Module):
         }
         self.experts, banks = self._banks(tasks or {})
         self.expert_of_task = experts_of_tasks(tasks or {}, self.experts, per=new_experts.per if new_experts else None)
-        self.context, execution = Context(), execution or Execution()
+        self.context, execution = new_context(self.backbone), execution or Execution()
         streams = {path: input_stream(path) for path in banks} if self.is_encoder_decoder else {}
         self.layers = layers = attach(
             self.backbone,
@@ -166,9 +167,8 @@ class GatedNetwork(nn.Module):
             inputs = {"position_ids": positions} if self._takes_position_ids else {}
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         kept = targets != IGNORE_INDEX
-        self._replace_context(input_ids, expert, tokens)
-        head = self.backbone.get_output_embeddings()
-        with ids_within_embedding(self.backbone, input_ids), only_positions(head, kept):
+        head, known = self.backbone.get_output_embeddings(), known_batch(self, input_ids, expert, tokens)
+        with known, ids_within_embedding(self.backbone, input_ids), only_positions(head, kept):
             logits = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).logits
         return LabelledLogits(logits, targets[kept], kept.nonzero()[:, 0])
 
@@ -193,21 +193,14 @@ class GatedNetwork(nn.Module):
         begin |= {"pad_token_id": self.tokenizer.pad_token_id, **first_ids(self.start_ids, input_ids)}
         options = {**begin, **with_plain_greedy(generation_kwargs)}
         start = prompt_length(input_ids, self.is_encoder_decoder, options)
-        self._replace_context(input_ids, expert)
         training = self.training
         self.eval()
         try:
-            with ids_within_embedding(self.backbone, input_ids):
+            with known_batch(self, input_ids, expert), ids_within_embedding(self.backbone, input_ids):
                 ids = self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
         finally:
             self.train(training)
         return ids[:, start:]
-
-    def _replace_context(
-        self, input_ids: Tensor, expert: Tensor | None, tokens: dict[str, Tensor] | None = None
-    ) -> None:
-        self.context.replace(None if expert is None else expert.to(input_ids.device), tokens)
-        check_expert_ids(self.context, input_ids.shape[0], self.experts)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode: gates and training experts follow it, the frozen backbone never leaves evaluation mode."""
@@ -228,7 +221,7 @@ class GatedNetwork(nn.Module):
         Raises:
             ValueError: see `recompute_blocks`; ``use_reentrant: True`` above all.
         """
-        self._checkpointed = recompute_blocks(self.backbone, gradient_checkpointing_kwargs or {})
+        self._checkpointed = recompute_blocks(self.backbone, gradient_checkpointing_kwargs or {}, self.context)
         self.train(self.training)
 
     @property

@@ -181,9 +181,9 @@ def encode_prompts(network: GatedNetwork, batch: SharedPrompts) -> Any:
     Returns:
         The encoder's output, (P, S, width).
     """
-    network.context.replace(batch.expert, {"encoder": batch.attention_mask.bool()})
     encoder: Any = network.backbone.get_encoder()
-    return encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, return_dict=True)
+    with network.context.batch(batch.expert, {"encoder": batch.attention_mask.bool()}):
+        return encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, return_dict=True)
 
 
 @torch.no_grad()
@@ -203,9 +203,9 @@ def encoded_log_likelihoods(network: GatedNetwork, batch: SharedPrompts, encoded
     attention_mask = batch.attention_mask[batch.of_row]
     expert = None if batch.expert is None else batch.expert[batch.of_row]
     encoded.last_hidden_state = encoded.last_hidden_state[batch.of_row]
-    network.context.replace(expert, {"encoder": attention_mask.bool(), "decoder": inputs.tokens})
+    known = network.context.batch(expert, {"encoder": attention_mask.bool(), "decoder": inputs.tokens})
     kept = inputs.targets != IGNORE_INDEX
-    with only_positions(network.backbone.get_output_embeddings(), kept):
+    with known, only_positions(network.backbone.get_output_embeddings(), kept):
         logits = network.backbone(
             encoder_outputs=encoded, attention_mask=attention_mask, decoder_input_ids=inputs.input_ids, use_cache=False
         ).logits
@@ -223,10 +223,10 @@ def _forward(
 ) -> tuple[Tensor, Any]:
     """Logits at the kept positions, (N, V), and the cache that now holds these tokens too."""
     length = input_ids.shape[1]
-    network.context.replace(expert, {"decoder": attention_mask[:, -length:].bool()})
+    known = network.context.batch(expert, {"decoder": attention_mask[:, -length:].bool()})
     positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -length:]
     inputs = {"position_ids": positions} if takes_position_ids(network.backbone) else {}
-    with only_positions(network.backbone.get_output_embeddings(), kept):
+    with known, only_positions(network.backbone.get_output_embeddings(), kept):
         output = network.backbone(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **inputs
         )

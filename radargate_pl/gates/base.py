@@ -1,9 +1,13 @@
 """What every gate is: the interface a layer talks to (layer 1)."""
 
+import threading
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from radargate_pl.arguments import arguments_of, line_of
@@ -25,17 +29,68 @@ class Context:
             side by side.
         tokens: stream name to the mask of real tokens, (examples, length) bool.
         active: the distinct ids in ``expert``, read once per batch so that no layer waits for the device.
+        is_over: whether the call that they were given for has ended.
+        thread: which is inside such a call.
     """
 
     expert: Tensor | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)
     active: tuple[int, ...] | None = None
+    is_over: bool = False
+    thread: int | None = None
 
     def replace(self, expert: Tensor | None = None, tokens: dict[str, Tensor] | None = None) -> None:
         """Take over the ids and masks of the next batch."""
         self.expert = expert
         self.tokens = tokens or {}
         self.active = None if expert is None else tuple(sorted(set(expert.tolist()) - {-1}))
+        self.is_over = False
+
+    @contextmanager
+    def batch(self, expert: Tensor | None = None, tokens: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """Hold ids and masks for what is called inside the block; the backbone by itself gets none behind it.
+
+        Args:
+            expert: as in the attributes.
+            tokens: as in the attributes.
+
+        Raises:
+            RuntimeError: another thread is inside a call with ids or masks of its own.
+        """
+        if torch.compiler.is_compiling():
+            self.replace(expert, tokens)
+            yield
+            self.is_over = True
+            return
+        outer, knows = self.thread, expert is not None or tokens or self.expert is not None or self.tokens
+        if knows and outer not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "Expected one thread at a time inside a network whose batches carry expert ids or masks, but another "
+                "is inside. Guard the calls with a lock, or give each thread copy.deepcopy(network)."
+            )
+        self.thread = threading.get_ident()
+        try:
+            self.replace(expert, tokens)
+            yield
+        finally:
+            self.is_over, self.thread = True, outer
+
+    def leave_behind(self, *_: Any) -> None:
+        """Forget what belongs to a call that has ended: a hook on what may be called by itself."""
+        if self.is_over:
+            self.replace()
+
+    def held(self) -> Self:
+        """Return a copy of what is known now, for what is recomputed later."""
+        return type(self)(self.expert, self.tokens, self.active)
+
+    def take(self, other: "Context") -> None:
+        """Know what another one knows.
+
+        Args:
+            other: as `held` returned it.
+        """
+        self.expert, self.tokens, self.active = other.expert, other.tokens, other.active
 
 
 class Routing(NamedTuple):

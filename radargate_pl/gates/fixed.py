@@ -106,6 +106,7 @@ class TaskGate(Gate):
         if context.expert is None or context.active is None:
             raise ValueError(
                 f"TaskGate at {self.site.path}: expected the batch to carry the expert id of each example, but got "
-                "none. Pass `expert=` to the network, or choose a gate that does not need it."
+                "none. Pass `expert=` to the network (its backbone by itself: call that inside `with "
+                "network.context.batch(expert=ids):`), or choose a gate that does not need it."
             )
         return context.expert, context.active
