@@ -103,7 +103,15 @@ class NewExperts:
 
         Returns:
             Expert name to A (r, in) and to B (out, r).
+
+        Raises:
+            ValueError: for a rank beyond both widths of the layer, which no product of A and B can have.
         """
+        if self.rank > max(layer.in_features, layer.out_features):
+            raise ValueError(
+                f"Expected new_experts.rank to be at most the widths of the layers, but got {self.rank} for {path}, "
+                f"which is {layer.in_features} wide at its input and {layer.out_features} at its output."
+            )
         lora_A: dict[str, Tensor] = {}
         for name in names:
             if self.share_A and lora_A:

@@ -91,6 +91,7 @@ LAYERS = {
             "expert_gradients",
             "parameter_groups",
             "fit_checks",
+            "schedule_trial",
         ),
         *("checkpoint_files", "expert_division", "optimizer_settings", "preemption", "processes", "random_state"),
         "replicas",

@@ -595,10 +595,3 @@ def test_command_line(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert "finished earlier" not in caplog.text
     assert capsys.readouterr().out.count("95 % interval") == 4
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"]["sst2"]["n"] == 11
-
-
-def test_answers_of_another_precision_are_answered_again(tmp_path: Path, root: str) -> None:
-    run = tmp_path / "run"
-    asked = [run_test(run, root, tasks=["gsm8k"], limit=2, precision=p)[1].ids for p in ("32-true", "bf16-mixed")]
-    assert len(asked[0]) == 2
-    assert asked[1] == asked[0], "rounding may change an answer"
