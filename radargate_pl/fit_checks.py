@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
+    BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     LearningRateFinder,
+    LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
@@ -38,7 +39,8 @@ REFUSED: dict[type[Callback], str] = {
     "trainer.accumulate_grad_batches for larger steps",
     LearningRateFinder: "this module has no lr to set; set model.optimizer.init_args.lr, and compare short fits",
     ModelPruning: "it prunes before the network is there; choose new_experts.rank smaller instead",
-    BackboneFinetuning: "the backbone is frozen; model.network.init_args.train says what trains",
+    BaseFinetuning: "it freezes parts before the network is there, and the backbone is frozen already; "
+    "model.network.init_args.train says what trains",
 }
 
 
@@ -93,11 +95,17 @@ def check_monitors(lm: "AdaptedLM") -> None:
     score = TaskScore(0.0, 0.0, 0)
     known = [*named_scores("val", dict.fromkeys(lm.task_names, score)), "train/loss", "train/lr"]
     known += [f"train/aux/{name}" for name in lm.auxiliary_losses.coefficients]
+    has_rates = any(isinstance(callback, LearningRateMonitor) for callback in callbacks)  # by the optimiser's name
     for callback in callbacks:
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or not getattr(callback, "strict", True):
             continue
         name = callback.monitor
-        if name is not None and name not in known and not name.startswith("lr-"):
+        if isinstance(callback, EarlyStopping) and str(name).startswith("val/") and not lm.trainer.enable_validation:
+            raise ValueError(
+                f"Expected a fit with validations for EarlyStopping on {name!r}, but got none. Raise "
+                "trainer.limit_val_batches, or monitor train/loss."
+            )
+        if name is not None and name not in known and not (has_rates and name.startswith("lr-")):
             near = difflib.get_close_matches(name, known, 3, 0.4) or known[:5]
             raise ValueError(
                 f"Expected {type(callback).__name__} to monitor a value that is logged, but got monitor: {name!r}. "
@@ -141,6 +149,10 @@ def _setting_problems(trainer: Trainer) -> Iterator[str]:
             f"Expected trainer.gradient_clip_val to be positive, or 0 or null for no clipping, but got {limit}, which "
             "would turn gradients round."
         )
+    every = {name: getattr(trainer, name) for name in ("accumulate_grad_batches", "check_val_every_n_epoch")}
+    for name, value in {**every, "val_check_interval": trainer.val_check_interval}.items():
+        if isinstance(value, int | float) and value <= 0:  # a limit of time, or none, is no number
+            yield f"Expected trainer.{name} to be positive, but got {value}."
     if getattr(trainer, "overfit_batches", 0):
         yield (
             "Expected trainer.overfit_batches to be 0: the data keep their own order and position. Use "

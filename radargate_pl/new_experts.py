@@ -105,12 +105,12 @@ class NewExperts:
             Expert name to A (r, in) and to B (out, r).
 
         Raises:
-            ValueError: for a rank beyond both widths of the layer, which no product of A and B can have.
+            ValueError: for a rank above both widths of the layer, which no matrix of that shape has.
         """
-        if self.rank > max(layer.in_features, layer.out_features):
+        widest = max(layer.in_features, layer.out_features)
+        if self.rank > widest:
             raise ValueError(
-                f"Expected new_experts.rank to be at most the widths of the layers, but got {self.rank} for {path}, "
-                f"which is {layer.in_features} wide at its input and {layer.out_features} at its output."
+                f"Expected new_experts.rank to be at most {widest}, the wider side of {path}, but got {self.rank}."
             )
         lora_A: dict[str, Tensor] = {}
         for name in names:

@@ -6,7 +6,6 @@ from enum import Enum
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from radargate_pl.config_places import ConfigError
 
@@ -76,19 +75,6 @@ def _numbers(trainer: Any) -> Iterator[str]:
         yield f"configuration: trainer.min_steps: expected at most max_steps, which is {most}, found {minimum}."
 
 
-@contextmanager
-def lightning_refusals() -> Iterator[None]:
-    """Name the section of the config that Lightning's trainer refuses: it names its own arguments only.
-
-    Raises:
-        ValueError: with what the trainer said.
-    """
-    try:
-        yield
-    except (ImportError, RuntimeError, TypeError, ValueError, MisconfigurationException) as error:
-        raise ValueError(f"trainer: {error}") from error
-
-
 def make_plain(callbacks: Any) -> None:
     """Turn arguments of callbacks that no file can hold into text: Timer's ``Interval.step``, a ``torch.device``.
 
@@ -102,3 +88,16 @@ def make_plain(callbacks: Any) -> None:
                 arguments[name] = value.value
             elif isinstance(value, torch.device):
                 arguments[name] = str(value)
+
+
+@contextmanager
+def naming_the_trainer() -> Iterator[None]:
+    """Say of what Lightning refuses while it makes the trainer that it is about the config's section ``trainer``.
+
+    Raises:
+        ConfigError: with Lightning's own sentence.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:  # a strategy, precision or plugin that cannot be had
+        raise ConfigError([f"configuration: trainer: {error}"]) from error

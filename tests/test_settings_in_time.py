@@ -137,7 +137,7 @@ def test_a_trial_leaves_the_schedule_as_it_is(schedule: Any) -> None:
 def test_ranks_beyond_the_layer_are_refused() -> None:
     layer = nn.Linear(6, 4)
     NewExperts(rank=6).initial_weights(("a",), "layer", layer)
-    with pytest.raises(ValueError, match=r"new_experts\.rank to be at most .* got 7 for layer, which is 6 wide"):
+    with pytest.raises(ValueError, match=r"new_experts\.rank to be at most 6, the wider side of layer, but got 7"):
         NewExperts(rank=7).initial_weights(("a",), "layer", layer)
     site = Site("layer", 6, 32, 2, ("a", "b"))
     RadarRotation(site, 32)
@@ -148,8 +148,6 @@ def test_ranks_beyond_the_layer_are_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--trainer.strategy=dp"], "radargate: error: trainer: You selected an invalid strategy name"),
-        (["--trainer.precision=transformer-engine"], "radargate: error: trainer: Requirement 'transformer_engine"),
         (["--trainer.accumulate_grad_batches=0"], "configuration: trainer.accumulate_grad_batches: expected at least"),
         (["--model.optimizer.dict_kwargs={foo: 1}"], "radargate: error: model.optimizer: AdamW"),
         (["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=0"], "model.lr_scheduler to give a rate"),
