@@ -80,7 +80,7 @@ def check_fit(lm: "AdaptedLM") -> None:
     check_monitors(lm)
     check_schedule_lengths(lm.trainer)
     for config in lm.trainer.lr_scheduler_configs:
-        check_schedule(config.scheduler, lm.trainer.estimated_stepping_batches - lm.trainer.global_step)  # type: ignore[arg-type]
+        check_schedule(config.scheduler, lm.trainer.estimated_stepping_batches - lm.trainer.global_step)
 
 
 def check_monitors(lm: "AdaptedLM") -> None:
