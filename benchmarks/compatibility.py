@@ -1,6 +1,6 @@
 """Which backbones take PEFT's adapters: tiny random models of every kind, this package's logits against PEFT's own.
 
-    python benchmarks/compatibility.py                        # every kind, as a table in Markdown; some ten minutes
+    python benchmarks/compatibility.py                        # every kind, as a table in Markdown; some minutes
     python benchmarks/compatibility.py --kinds llama gpt2     # some
 
 Per kind and set of layers an adapter is made and saved by PEFT, and read by `GatedNetwork` under the one-hot gate of
@@ -26,7 +26,12 @@ from radargate_pl.networks import GatedNetwork
 
 PAD, IGNORE = 3, -100
 ROWS, LENGTH, ANSWER, NEW_TOKENS = 3, 20, 7, 8
+FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 SHORTER_BY = {1: 5, 2: 9}  # row of the batch to how many of its tokens are padding
+
+
+class PeftFailsError(Exception):
+    """PEFT itself cannot do this, so there is nothing to compare with."""
 
 
 class Outcome(NamedTuple):
@@ -52,6 +57,7 @@ def make_backbone(kind: Kind, folder: Path, tokenizer: Path) -> None:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
+    model.generation_config.forced_eos_token_id = None  # BART's, which this package says it does not apply
     model.float().save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
@@ -115,13 +121,17 @@ def compare(backbone: Path, adapter: Path, generates: bool = True) -> Outcome:
 
     Raises:
         ValueError: this package refuses backbone or adapter.
+        PeftFailsError: there is nothing to compare with.
     """
     model = read(backbone)
     given, labels, kept = inputs_of(model)
-    peft = PeftModel.from_pretrained(model, adapter).eval()
-    expected = peft(**given, use_cache=False).logits[kept]
-    with peft.disable_adapter():
-        bare = peft(**given, use_cache=False).logits[kept]
+    try:
+        peft = PeftModel.from_pretrained(model, adapter).eval()
+        expected = peft(**given, use_cache=False).logits[kept]
+        with peft.disable_adapter():
+            bare = peft(**given, use_cache=False).logits[kept]
+    except FAILURES as error:
+        raise PeftFailsError(one_line(error)) from error
     gate = partial(DirectLoRA, expert="one")
     network = GatedNetwork(backbone=str(backbone), dtype="float32", experts={"one": str(adapter)}, gate=gate).eval()
     found = network(given["input_ids"], given["attention_mask"], labels).logits
@@ -139,7 +149,7 @@ def same_tokens(peft: PeftModel, network: GatedNetwork) -> bool | None:
     start = 1 if network.is_encoder_decoder else LENGTH
     try:
         expected = peft.generate(input_ids=ids, attention_mask=mask, pad_token_id=PAD, **options)[:, start:]
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+    except FAILURES:
         return None
     found = network.generate(ids, mask, **options)
     shared = min(found.shape[1], expected.shape[1])
@@ -152,18 +162,25 @@ def rows_of(name: str, scratch: Path, tokenizer: Path) -> list[str]:
     make_backbone(kind, backbone, tokenizer)
     rows = []
     for number, (label, targets) in enumerate({**kind.targets, "all-linear": "all-linear"}.items()):
-        adapter = scratch / str(number)
         shown = label if targets == "all-linear" else f"{label}: {', '.join(f'`{target}`' for target in targets)}"
-        try:
-            make_adapter(backbone, targets, adapter)
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            rows.append(f"| {name} | {shown} | PEFT refuses: {one_line(error)} | |")
-            continue
-        try:
-            rows.append(f"| {name} | {shown} | {' | '.join(words(compare(backbone, adapter)))} |")
-        except ValueError as error:
-            rows.append(f"| {name} | {shown} | refused: {one_line(error)} | |")
+        rows.append(f"| {name} | {shown} | {' | '.join(cells(backbone, targets, scratch / str(number)))} |")
     return rows
+
+
+def cells(backbone: Path, targets: list[str] | str, adapter: Path) -> tuple[str, str]:
+    """What came of one pair, as two cells."""
+    try:
+        make_adapter(backbone, targets, adapter)
+    except FAILURES as error:
+        return f"PEFT cannot: {one_line(error)}", "-"
+    try:
+        return words(compare(backbone, adapter))
+    except PeftFailsError as error:
+        return f"PEFT cannot: {error}", "-"
+    except ValueError as error:
+        return f"refused: {one_line(error).partition(f'({adapter}): ')[2] or one_line(error)}", "-"
+    except FAILURES as error:
+        return f"fails: {type(error).__name__}: {one_line(error)}", "-"
 
 
 def words(outcome: Outcome) -> tuple[str, str]:
@@ -177,7 +194,7 @@ def words(outcome: Outcome) -> tuple[str, str]:
 def one_line(error: Exception) -> str:
     """The first problem that an error names, cut for a cell."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[min(1, len(lines) - 1)][:160].replace("|", "/")
+    return lines[min(1, len(lines) - 1)][:200].replace("|", "/")
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -93,7 +93,7 @@ KINDS: dict[str, Kind] = {
         "llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     ),
     "mistral, window": _llama_like("mistral", sliding_window=8),
-    "ministral, window": _llama_like("ministral", sliding_window=8),
+    "ministral, window": _llama_like("ministral", head_dim=8, sliding_window=8),
     "qwen2": _llama_like("qwen2"),
     "qwen3": _llama_like("qwen3", head_dim=16),
     "gemma": _llama_like("gemma", head_dim=16),

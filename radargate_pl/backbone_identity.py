@@ -6,6 +6,7 @@ Weights alone do not tell two models apart: long-context variants share them and
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -36,11 +37,10 @@ def identity_of(network: "GatedNetwork") -> dict[str, Any]:
         ``config``: name to value; ``tokenizer`` and ``chat_template``: hashes.
     """
     tokenizer: Any = network.tokenizer
-    config = {k: v for k, v in network.backbone.config.to_dict().items() if k not in IRRELEVANT and v is not None}
-    words = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"], sorted(tokenizer.all_special_ids)]
+    config = {k: v for k, v in network.backbone.config.to_dict().items() if k not in IRRELEVANT}
     return {
         "config": json.loads(json.dumps(config, default=str)),
-        "tokenizer": _hash(words),
+        "tokenizer": _hash_of_tokenizer(tokenizer, len(tokenizer), tuple(sorted(tokenizer.all_special_ids))),
         "chat_template": _hash(tokenizer.chat_template) if tokenizer.chat_template else None,
     }
 
@@ -78,6 +78,12 @@ def check_identity(saved: Mapping[str, Any] | None, present: Mapping[str, Any], 
             f"otherwise: "
             f"{'; '.join(changes[:5])}{more}. Restore its config.json and tokenizer files, or fit anew."
         )
+
+
+@lru_cache(maxsize=2)
+def _hash_of_tokenizer(tokenizer: Any, size: int, special: tuple[int, ...]) -> str:
+    """Once for a tokenizer and what may be added to it: a large vocabulary takes a second, and each checkpoint asks."""
+    return _hash([sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"], list(special)])
 
 
 def _hash(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Is a checkpoint file, whole by its checksum, one of ours, and one that a run can go on from? (layer 5)."""
 
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +25,16 @@ def check_content(path: Path, command: str) -> None:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:160]
         raise ValueError(_refusal(path, f"it cannot be read as data ({reason})")) from error
     problem = _problem(content) or (_missing_for_fit(content) if command == "fit" else "")
     if problem:
@@ -51,20 +60,55 @@ def _problem(content: Any) -> str:
         return f"its section {SECTION!r} is damaged"
     if version > FORMAT_VERSION:
         return f"it has format_version {version} and was written by a newer radargate: upgrade this one"
-    prints = section.get("fingerprints")
-    if not isinstance(prints, Mapping) or not isinstance(prints.get("experts"), Mapping) or "backbone" not in prints:
-        return "its fingerprints are damaged"
-    if not isinstance(section.get("gate"), str):
-        return "its gate is not named"
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if problem := _damaged_field(section):
+        return problem
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) and _is_dense(state[name]) for name in state):
         return "its weights (state_dict) are no tensors"
+    if not _holds_mappings(content.get("loops", {})):
+        return "its loops are damaged"
     return ""
 
 
+def _damaged_field(section: Mapping[str, Any]) -> str:
+    prints = section.get("fingerprints")
+    if not isinstance(prints, Mapping) or not isinstance(prints.get("backbone"), str):
+        return "its fingerprints are damaged"
+    experts = prints.get("experts")
+    if not isinstance(experts, Mapping) or not all(isinstance(word, str) for word in (*experts, *experts.values())):
+        return "its fingerprints are damaged"
+    if not isinstance(section.get("gate"), str):
+        return "its gate is not named"
+    if not isinstance(section.get("combine", ""), str):
+        return f"its combine is {str(section['combine'])[:60]}"
+    return "" if _is_identity(section.get("identity")) else "its identity is damaged"
+
+
+def _is_identity(text: object) -> bool:
+    """Whether this is what `backbone_identity` wrote, or nothing, as in files of earlier versions."""
+    if text is None:
+        return True
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and isinstance(found.get("config", {}), dict)
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
+
+
+def _holds_mappings(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(part, Mapping) for part in value.values())
+
+
 def _missing_for_fit(content: Mapping[str, Any]) -> str:
-    for name, kind in (("optimizer_states", list), ("lr_schedulers", list), ("loops", dict)):
-        if not isinstance(content.get(name), kind):
+    for name in ("optimizer_states", "lr_schedulers"):
+        parts = content.get(name)
+        if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
             return f"it has no {name}, which a fit that goes on needs"
+    if "fit_loop" not in content.get("loops", {}):
+        return "it has no loops, which a fit that goes on needs"
     for name in ("global_step", "epoch"):
         value = content.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:

@@ -66,10 +66,11 @@ def second_name(path: Path, target: Path) -> None:
     """Give a checkpoint a second name in its folder (``last.ckpt``), its digest too.
 
     Args:
-        path: a checkpoint written by `write_checkpoint`.
+        path: a checkpoint written by `write_checkpoint`, or by another plugin for checkpoints.
         target: the second name; an older file of that name is replaced.
     """
-    digest = _digests(path)[-1]
+    known = _digests(path)
+    digest = known[-1] if known else sha256_of_file(path)  # a plugin for checkpoints writes none
     _announce(target, digest)
     link_or_copy(path, target)
     write_text(digest_file(target), _line(digest, target))

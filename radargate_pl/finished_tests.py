@@ -87,10 +87,10 @@ def set_aside_other(folder: Path, predictions: str, results: str) -> None:
     paths = (folder / PREDICTIONS, folder / RESULTS)
     if not all(path.is_file() for path in paths):
         return
-    there = [path.read_text(encoding="utf-8") for path in paths]
-    if there == [predictions, results]:
+    there = [path.read_bytes() for path in paths]  # whatever they hold: somebody may have changed them
+    if there == [predictions.encode(), results.encode()]:
         return
-    aside = folder / "earlier" / hashlib.sha256("".join(there).encode()).hexdigest()[:16]
+    aside = folder / "earlier" / hashlib.sha256(b"".join(there)).hexdigest()[:16]
     with replacing_folder(aside) as new:
         for path in paths:
             shutil.copyfile(path, new / path.name)
@@ -104,7 +104,7 @@ def replace_answers(path: Path, text: str) -> None:
         path: the file.
         text: its content.
     """
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if path.is_file() and path.read_bytes() != text.encode():
         number = 1
         while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
             number += 1

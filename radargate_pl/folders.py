@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from radargate_pl.cache_folder import make_shared_folder, umask
@@ -58,7 +59,9 @@ def find_replaced(folder: Path) -> bool:
     """
     if folder.exists() or not folder.parent.is_dir():
         return False
-    moved = [path for path in folder.parent.glob(f".{folder.name}.old-*") if path.is_dir() and any(path.iterdir())]
+    moved = [
+        path for path in folder.parent.glob(f".{escape(folder.name)}.old-*") if path.is_dir() and any(path.iterdir())
+    ]
     if not moved:
         return False
     max(moved, key=lambda path: path.stat().st_mtime).rename(folder)

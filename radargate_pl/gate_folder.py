@@ -113,8 +113,8 @@ def load_gate(
         network = GatedNetwork(backbone=source, experts=found, **built, **loading)
     except TypeError as error:
         raise ValueError(
-            f"Expected {folder / CONFIG} to be whole, but its gate does not take its init_args ({error}). "
-            "Restore or save it again."
+            f"Expected {folder / CONFIG} and the arguments given to fit together, but a class does not take what it "
+            f"gets ({error}). Correct the arguments; if none was given, restore or save the folder again."
         ) from error
     except ValueError:
         # Another backbone or library mostly fails to fit in some detail; then that it is another one is what helps.

@@ -44,6 +44,9 @@ def kept_by(checkpoint: Path) -> dict[str, Any]:
 
     Returns:
         ``date`` and ``answer_end``; where it lies in no run folder, ``date`` and ``end``, the token or its id.
+
+    Raises:
+        ValueError: for a file that is damaged, naming it.
     """
     if is_gate_folder(checkpoint):
         found = _read(checkpoint / "gate_config.json")
@@ -57,9 +60,15 @@ def kept_by(checkpoint: Path) -> dict[str, Any]:
 def _held_by(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint that was copied out of its run folder says itself."""
     loops = load_checkpoint(str(checkpoint)).get("loops", {})
-    loaders = loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
-    facts = [loader["contents"]["encoding"] for loader in loaders if isinstance(loader, dict) and "contents" in loader]
-    return {"date": facts[0]["date"], "end": facts[0]["answer_end"]} if facts else dict(BEFORE)
+    loaders = _inside(_inside(_inside(loops, "fit_loop"), "state_dict"), "combined_loader")
+    contents = [_inside(loader, "contents") for loader in loaders] if isinstance(loaders, list) else []
+    facts = [_inside(part, "encoding") for part in contents]
+    known = [part for part in facts if isinstance(part, Mapping) and {"date", "answer_end"} <= part.keys()]
+    return {"date": known[0]["date"], "end": known[0]["answer_end"]} if known else dict(BEFORE)
+
+
+def _inside(value: object, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else None
 
 
 def _rule_for(token: str | int, tokenizer: str) -> str:
@@ -82,6 +91,10 @@ def _data_of(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8")
-    found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected {path} to be whole, but it is damaged: {reason}. Restore it.") from error
     return found if isinstance(found, Mapping) else {}

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
@@ -26,6 +27,7 @@ from radargate_pl.config_places import ConfigError, Located
 from radargate_pl.config_schema import drop_empty_groups, parser_schema
 from radargate_pl.config_sources import CommandLine, drop_replaced, find_config, merge, read_command_line, setting_tree
 from radargate_pl.config_yaml import read_yaml
+from radargate_pl.fit_checks import check_takes_steps, check_trainer
 from radargate_pl.fitting_prompts import FittingPrompts
 from radargate_pl.help_pages import COMMANDS, asks_for_help, check_command
 from radargate_pl.kept_settings import keep_settings
@@ -39,6 +41,7 @@ from radargate_pl.run_folder import check_run_folder, is_gate_folder, resolve_ch
 from radargate_pl.run_lock import RunLock
 from radargate_pl.run_loggers import RunCSVLogger, RunTensorBoardLogger
 from radargate_pl.slurm import check_launch
+from radargate_pl.trainer_config import check_run_path, check_trainer_config, make_plain, naming_the_trainer
 
 _EPILOG = (
     "radargate doctor tells what is wrong with a machine or a config, radargate score scores predictions, radargate "
@@ -180,9 +183,7 @@ class RadarGateCLI(LightningCLI):
         if not self.config.get("subcommand"):
             return
         config = self.config[self.config.subcommand]
-        if not config.trainer.default_root_dir:
-            found = f"{config.trainer.default_root_dir!r}"
-            raise ConfigError([f"configuration: trainer.default_root_dir: expected the run folder, found {found}."])
+        check_run_path(config.trainer.default_root_dir)
         folder = Path(config.trainer.default_root_dir)
         self._asked = config.get("ckpt_path")
         if self._writes(config):
@@ -190,11 +191,12 @@ class RadarGateCLI(LightningCLI):
             settle(folder)
         self._checkpoint = resolve_checkpoint(str(self._asked), folder, self.config.subcommand) if self._asked else None
         config.ckpt_path = None
+        if self._checkpoint is not None and not is_gate_folder(self._checkpoint):
+            check_content(self._checkpoint, self.config.subcommand)
         keep_settings(config, self._checkpoint)
         if self._checkpoint is not None and is_gate_folder(self._checkpoint):
             self.trainer_defaults["callbacks"] = [LoadGateFolder(self._checkpoint)]
         elif self._checkpoint is not None:
-            check_content(self._checkpoint, self.config.subcommand)
             config.ckpt_path = str(self._checkpoint)
             if self.config.subcommand != "fit":
                 self.trainer_defaults["callbacks"] = [NameTrainedExperts(self._checkpoint)]
@@ -203,6 +205,9 @@ class RadarGateCLI(LightningCLI):
         """Refuses to mix two runs in one folder."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
+        make_plain(config.trainer.callbacks)
+        if self.subcommand == "fit":
+            check_trainer_config(config.trainer)
         check_launch(os.environ, config.trainer)
         if not torch.cuda.is_available():
             trainer, cores = config.trainer, len(os.sched_getaffinity(0))
@@ -235,9 +240,16 @@ class RadarGateCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        # Lightning refuses a callback whose job the trainer's switches turn off.
+        # Lightning refuses a callback whose job the trainer's switches turn off, and a second progress bar.
         off = tuple(kind for name, kinds in SWITCHES.items() if config[name] is False for kind in kinds)
-        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
+        given = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
+        off += (RunProgressBar,) if any(isinstance(one, ProgressBar) for one in given) else ()
+        with naming_the_trainer():
+            trainer = super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
+        if self.subcommand == "fit":
+            check_trainer(trainer)
+            check_takes_steps(trainer)
+        return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

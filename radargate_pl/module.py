@@ -13,16 +13,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from radargate_pl.auxiliary_terms import AuxiliaryTerms
 from radargate_pl.benchmark_step import BenchmarkOutput, answer_batch, is_benchmark
 from radargate_pl.checkpoint import restore_network, store_network
+from radargate_pl.fit_checks import check_fit, check_trainer
 from radargate_pl.generation import checked_length, generate_texts
 from radargate_pl.losses import example_mean_cross_entropy
 from radargate_pl.metrics import TaskScore, TaskScores, named_scores, score_examples
 from radargate_pl.networks import GatedNetwork, LabelledLogits
 from radargate_pl.parameter_groups import optimizer_and_schedule
-from radargate_pl.search import NevergradSearch, check_search
+from radargate_pl.search import NevergradSearch
 from radargate_pl.step_gradients import StepGradients
 from radargate_pl.step_logging import log_step
 from radargate_pl.steps import CompletedStep, EvaluationOutput, Prediction, StepOutput, StepRequests, WantsGates
-from radargate_pl.strategy import check_strategy, processes_averaged_over
+from radargate_pl.strategy import processes_averaged_over
 
 
 class AdaptedLM(LightningModule):
@@ -86,6 +87,8 @@ class AdaptedLM(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Begin a command: results of the one before are not its own."""
+        if stage == "fit":
+            check_trainer(self.trainer)
         self.task_results = {}
 
     def configure_model(self) -> None:
@@ -244,8 +247,7 @@ class AdaptedLM(LightningModule):
 
     def on_train_start(self) -> None:
         """Start counting examples."""
-        check_search(self)
-        check_strategy(self.trainer.strategy, self.built_network)
+        check_fit(self)
         self._step_gradients = StepGradients(self.built_network, int(getattr(self._datamodule, "batch_size", 1)))
         self.auxiliary_losses.reset()
 
@@ -284,8 +286,7 @@ class AdaptedLM(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """See to a validation after the very last step."""
         if self.completed_step is not None and self.completed_step.step == self.trainer.max_steps:
-            # Lightning ends a run at max_steps without validating, unless an interval happens to fall there; asked to
-            # stop, it does.
+            # Lightning ends at max_steps without validating, unless an interval falls there; asked to stop, it does.
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -45,10 +45,10 @@ def apply_optimizer_changes(
                 continue  # a schedule made it from initial_lr
             lines.append(f"{name}: {saved} in the checkpoint, {given} now, which is used")
             if name == "initial_lr":
-                group["lr"] *= given / saved
-                for scheduler in schedulers:
-                    if index < len(getattr(scheduler, "base_lrs", ())):
-                        scheduler.base_lrs[index] = given
+                group["lr"] = group["lr"] * (given / saved) if saved else given
+                for rates in _start_rates(schedulers):
+                    if index < len(rates):
+                        rates[index] = given
             group[name] = given
     return lines
 
@@ -74,6 +74,13 @@ def check_schedules(before: Sequence[Settings], now: Sequence[Settings]) -> None
             f"{'; '.join(problems)}. Keep it, or start a new run from the weights: --ckpt_path RUN/gate with another "
             "trainer.default_root_dir."
         )
+
+
+def _start_rates(schedulers: Sequence[Any]) -> Iterator[list[Any]]:
+    """The rates that schedules start from, one for each group; those of schedules inside a schedule, too."""
+    for scheduler in schedulers:
+        yield getattr(scheduler, "base_lrs", [])
+        yield from _start_rates(getattr(scheduler, "_schedulers", ()))
 
 
 def _changes(before: Settings, now: Settings) -> Iterator[tuple[str, Any, Any]]:

@@ -5,10 +5,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 MULTIPLIER = "lr_multiplier"  # entry of a parameter group: {part of the names: factor}, empty for the base group
+
+UNSERVED: dict[type[Optimizer], str] = {
+    LBFGS: "evaluates the loss several times a step; a step here sees each batch once",
+    SparseAdam: "takes sparse gradients only; those of gates and experts are dense",
+}
 
 
 def optimizer_and_schedule(
@@ -37,13 +42,15 @@ def optimizer_and_schedule(
 
     Raises:
         ValueError: if nothing trains; for a factor that is not positive, a key no name has, two keys of one parameter,
-            an optimiser without a learning rate, and a schedule that waits for a metric or undoes the factors.
+            an optimiser without a learning rate, LBFGS and SparseAdam, a rate that is NaN or infinite, and a schedule
+            that waits for a metric or undoes the factors.
     """
     if not parameters:
         raise ValueError(
             f"Expected something to train, but got {what}: this gate has nothing to train; use validate or test"
         )
     optimizer = make_optimizer(_groups(parameters, lr_multipliers) if lr_multipliers else list(parameters.values()))
+    _check_optimizer(optimizer)
     for group in optimizer.param_groups if lr_multipliers else []:
         if group.get("lr") is None:
             raise ValueError(
@@ -57,6 +64,19 @@ def optimizer_and_schedule(
     scheduler = make_scheduler(optimizer)
     _check_schedule(scheduler, optimizer)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimiser that no step here can serve, and a rate that is no number."""
+    for kind, reason in UNSERVED.items():
+        if isinstance(optimizer, kind):
+            raise ValueError(
+                f"Expected model.optimizer to be one like AdamW, but got {_name(optimizer)}, which {reason}"
+            )
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if rate is not None and not math.isfinite(float(rate)):
+            raise ValueError(f"Expected model.optimizer.lr to be a finite number, but got {float(rate)}")
 
 
 def _groups(parameters: Mapping[str, Tensor], lr_multipliers: Mapping[str, float]) -> list[dict[str, Any]]:

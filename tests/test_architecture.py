@@ -90,6 +90,7 @@ LAYERS = {
             "checkpoint_content",
             "expert_gradients",
             "parameter_groups",
+            "fit_checks",
         ),
         *("checkpoint_files", "expert_division", "optimizer_settings", "preemption", "processes", "random_state"),
         "replicas",
@@ -104,7 +105,16 @@ LAYERS = {
         *("error_messages", "standard_streams", "help_pages", "last_lines", "word_parser"),
         *("domain_command", "doctor", "doctor_checks", "harness", "harness_model"),
         *("score_command", "score_references", "predictions"),
-        *("run_folder", "overwriting", "run_loggers", "run_callbacks", "report", "report_runs", "report_plots"),
+        *(
+            "run_folder",
+            "overwriting",
+            "run_loggers",
+            "run_callbacks",
+            "trainer_config",
+            "report",
+            "report_runs",
+            "report_plots",
+        ),
     },
 }
 FREE = {"", "atomic_files", "cache_folder", "near_paths"}  # the version, and files on a disk: standard library only

@@ -15,7 +15,7 @@ from tiny_adapters import llama, logits, t5
 from radargate_pl import backbones, built_in_backbones
 from radargate_pl.backbones import load_backbone, load_tokenizer, resolve_backbone
 from radargate_pl.cache_folder import cache_folder
-from radargate_pl.folders import folder_made_once, replacing_folder
+from radargate_pl.folders import find_replaced, folder_made_once, replacing_folder
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +317,13 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
             (new / content).write_text(content)
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_with_brackets_in_its_name_comes_back_after_a_kill(tmp_path):
+    (tmp_path / ".a[1].old-x").mkdir()
+    (tmp_path / ".a[1].old-x" / "file").write_text("old")
+    assert find_replaced(tmp_path / "a[1]")
+    assert (tmp_path / "a[1]" / "file").read_text() == "old"
 
 
 def test_importing_is_cheap():

@@ -349,6 +349,7 @@ def test_another_chat_template_is_another_question(root: str) -> None:
         asked[key] = data.requests("gsm8k")[0].rows
         again = answers_key.answers_key(network, data, "gsm8k", "32-true")
         assert again == key
+        assert answers_key.answers_key(network, data, "gsm8k", "bf16-mixed") != key, "the trainer's precision"
     first, second = asked.values()
     assert first != second
 

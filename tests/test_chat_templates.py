@@ -466,6 +466,25 @@ def test_a_checkpoint_and_a_gate_of_an_earlier_version_say_its_end(tmp_path: Pat
         assert kept_by(gate.parent) == BEFORE
 
 
+def test_files_that_say_day_and_end_and_are_damaged_are_named(tmp_path: Path) -> None:
+    (tmp_path / "gate").mkdir()
+    (tmp_path / "gate/gate_config.json").write_text("{")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.yaml").write_text("data: [")
+    places = {"gate": "gate/gate_config.json", "run/checkpoints/a.ckpt": "run/config.yaml"}
+    for given, named in places.items():
+        with pytest.raises(ValueError, match=rf"Expected .*{named} to be .*whole.* damaged"):
+            kept_by(tmp_path / given)
+
+
+def test_a_file_that_is_no_checkpoint_is_said_before_it_is_asked_for_a_day(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save([1, 2], "alone.ckpt")
+    assert main(["validate", "--config", "fit.yaml", "--ckpt_path", "alone.ckpt"]) == 1
+    assert "Expected alone.ckpt to be a checkpoint written by radargate" in capsys.readouterr().err
+
+
 class _Processes:
     """Stands for a trainer of two processes whose first one has another day."""
 

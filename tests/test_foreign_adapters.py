@@ -366,6 +366,11 @@ def test_a_gate_folder_of_another_shape_is_one_sentence(gate: Path, name: str) -
         GatedNetwork.from_pretrained(gate)
 
 
+def test_an_argument_of_another_type_is_not_blamed_on_the_folder(gate: Path) -> None:
+    with pytest.raises(ValueError, match="Correct the arguments; if none was given"):
+        GatedNetwork.from_pretrained(gate, experts=3)
+
+
 @pytest.mark.parametrize("kind", ["nan", "inf", "whole numbers"])
 def test_tensors_no_gate_computes_with_are_refused(gate: Path, kind: str) -> None:
     tensors = load_file(gate / "gate.safetensors")
@@ -433,6 +438,20 @@ def test_an_older_folder_says_what_was_not_compared(caplog: pytest.LogCaptureFix
     with caplog.at_level("INFO"):
         check_identity(None, {"config": {}, "tokenizer": "", "chat_template": None}, "the gate in g")
     assert "the gate in g is of an earlier version: the backbone's configuration, tokenizer" in caplog.text
+
+
+def test_a_vocabulary_is_hashed_once_for_all_checkpoints(gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = GatedNetwork.from_pretrained(gate)
+    before = network.identity()
+
+    def again() -> None:
+        raise AssertionError("the whole vocabulary again")
+
+    monkeypatch.setattr(network.tokenizer, "get_vocab", again)
+    assert network.identity() == before
+    monkeypatch.undo()
+    network.tokenizer.add_tokens(["a new word"])
+    assert network.identity()["tokenizer"] != before["tokenizer"]
 
 
 def test_a_setting_of_another_transformers_is_not_compared() -> None:

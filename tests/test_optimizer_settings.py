@@ -12,7 +12,7 @@ import torch
 from test_checkpoint import last
 from tiny_runs import adapters, fit, gated_lm
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LinearLR, SequentialLR, StepLR
+from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR, StepLR
 
 from radargate_pl.callbacks import ExactResume, RunCheckpoint
 from radargate_pl.optimizer_settings import (
@@ -78,6 +78,53 @@ def test_schedules_inside_a_schedule_are_compared() -> None:
     check_schedules([settings(5)], [settings(5)])
     with pytest.raises(ValueError, match="schedulers"):
         check_schedules([settings(5)], [settings(6)])
+
+
+def halving(step: int) -> float:
+    return 0.5**step
+
+
+def warm_then_cosine(optimizer: AdamW) -> SequentialLR:
+    return SequentialLR(optimizer, [LinearLR(optimizer, 0.1, total_iters=5), CosineAnnealingLR(optimizer, 20)], [5])
+
+
+def warm_then_lambda(optimizer: AdamW) -> SequentialLR:
+    return SequentialLR(optimizer, [LinearLR(optimizer, 0.1, total_iters=3), LambdaLR(optimizer, halving)], [3])
+
+
+def chained(optimizer: AdamW) -> ChainedScheduler:
+    return ChainedScheduler([LinearLR(optimizer, 0.1, total_iters=5), StepLR(optimizer, 4)])
+
+
+def nested_twice(optimizer: AdamW) -> ChainedScheduler:
+    return ChainedScheduler([warm_then_lambda(optimizer), StepLR(optimizer, 4)])
+
+
+@pytest.mark.parametrize("steps", [0, 3, 7])
+@pytest.mark.parametrize("schedule", [warm_then_cosine, warm_then_lambda, chained, nested_twice])
+def test_a_changed_rate_reaches_schedules_inside_a_schedule(schedule, steps: int) -> None:
+    def pair(lr: float) -> tuple:
+        optimizer = made(lr)[0]
+        for group in optimizer.param_groups:
+            group.pop("initial_lr")
+        return optimizer, schedule(optimizer)
+
+    def rates(optimizer: AdamW, schedule: object, count: int) -> list[float]:
+        found = []
+        for _ in range(count):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    whole = rates(*pair(1e-3), 14)
+    _, optimizer, now = resumed(pair(1e-2), pair(1e-3), steps)
+    assert rates(optimizer, now, 14 - steps) == pytest.approx(whole[steps:], rel=1e-9)
+
+
+def test_a_rate_of_zero_in_the_checkpoint_is_replaced() -> None:
+    _, optimizer, _ = resumed(made(0.0), made(0.2), steps=0)
+    assert optimizer.param_groups[0]["lr"] == 0.2
 
 
 def test_a_fit_goes_on_with_the_rate_it_was_given_and_says_so(

@@ -1,5 +1,6 @@
 """One quiet progress line: loss, learning rate, tokens per second."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
+
+ENDLESS = 10  # steps between two lines of a fit whose number of steps nobody knows
 
 
 class RunProgressBar(TQDMProgressBar):
@@ -38,11 +41,13 @@ class RunProgressBar(TQDMProgressBar):
         self._tokens = self._tokens + batch["attention_mask"].sum()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.is_disabled and pl_module.completed_step is not None and trainer.is_global_zero:
-            total = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
-            if trainer.global_step % max(1, total // 10) == 0:
+            total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+            # A fit that only max_time ends has no tenths.
+            if trainer.global_step % (max(1, int(total) // 10) if math.isfinite(total) else ENDLESS) == 0:
                 done, speed = pl_module.completed_step, self._tokens_per_second()
                 line = f"loss {float(done.loss):.4f}  lr {done.learning_rate:.3g}  {speed:.0f} tokens/s"
-                print(f"step {done.step}/{total}  {line}", file=sys.stderr, flush=True)
+                of_all = f"/{total}" if math.isfinite(total) else ""
+                print(f"step {done.step}{of_all}  {line}", file=sys.stderr, flush=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock."""

@@ -30,8 +30,19 @@ class ResultWriter(Callback):
         self._rows: list[dict[str, Any]] = []
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Save what trained."""
-        if not trainer.is_global_zero or is_trial(trainer):
+        """Save what trained.
+
+        Raises:
+            ValueError: if no step was taken: a gate that nothing has trained must not look like one.
+        """
+        if is_trial(trainer):
+            return
+        if not trainer.global_step:
+            raise ValueError(
+                "Expected the fit to take at least one step, but it took none; no gate and no experts were written. "
+                "Look at trainer.max_time, max_steps, max_epochs and limit_train_batches."
+            )
+        if not trainer.is_global_zero:
             return
         network: Any = pl_module.network
         folder = Path(trainer.default_root_dir)

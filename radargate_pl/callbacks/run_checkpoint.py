@@ -205,4 +205,4 @@ def _step_of(path: Path) -> int:
     """Step of a checkpoint file; -1 where there is none, or none that opens."""
     if not path.is_file() or damage(path) is not None:
         return -1
-    return int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -103,22 +104,22 @@ def _rows(path: Path) -> Iterator[Line]:
     with _open(path) as stream:
         if path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
             yield from _table(path, stream)
-        elif (start := _first_bytes(stream))[:1] == b"[" or _is_spread(path, start):
+        elif _is_one_value(path, stream):
             yield from _json_array(path, stream)
         else:
             yield from json_lines(str(path), stream)
 
 
-def _first_bytes(stream: BinaryIO | gzip.GzipFile) -> bytes:
-    start = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+def _is_one_value(path: Path, stream: BinaryIO | gzip.GzipFile) -> bool:
+    """Whether a file is one JSON value, over several lines or an array, rather than a line for each record."""
+    lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in stream)
+    first = next(filter(None, lines), b"")
+    is_array = first[:1] == b"["
+    is_alone = is_array and next(filter(None, lines), None) is None
     stream.seek(0)
-    return start
-
-
-def _is_spread(path: Path, start: bytes) -> bool:
-    """Whether a .json file is one value over several lines rather than a line for each record."""
-    first = start.splitlines()[0] if start else b""
-    return path.name.removesuffix(".gz").endswith(".json") and _json_line("", first).fields is None
+    if is_alone or not (is_array or path.name.removesuffix(".gz").endswith(".json")):
+        return is_alone
+    return _json_line("", first, any_value=True).fields is None  # a whole value, though no record, is one line of many
 
 
 def _json_array(path: Path, stream: BinaryIO | gzip.GzipFile) -> Iterator[Line]:
@@ -203,7 +204,7 @@ def _parquet(path: Path) -> Iterator[Line]:
             for fields in batch.to_pylist():
                 number += 1
                 for name in whole:
-                    if fields[name] is not None and fields[name] == fields[name]:
+                    if fields[name] is not None and math.isfinite(fields[name]):
                         fields[name] = int(fields[name])
                 yield Line(f"{path}:{number}", fields)
 
@@ -213,7 +214,7 @@ def _whole_numbers(table: pyarrow.parquet.ParquetFile) -> list[str]:
     found = []
     for one in table.schema_arrow:
         if pyarrow.types.is_floating(one.type):
-            column = table.read(columns=[one.name])[one.name]
+            column = table.read(columns=[one.name])[one.name].cast(pyarrow.float64())  # no floor for 16 bits
             finite = column.filter(pyarrow.compute.is_finite(column))
             is_whole = pyarrow.compute.equal(finite, pyarrow.compute.floor(finite))
             if 0 < len(finite) < len(column) and pyarrow.compute.all(is_whole).as_py():

@@ -306,6 +306,7 @@ FILES = {
     "line.json": json.dumps(ROWS).encode(),
     "lines.json": TEXT.encode(),
     "data.json": json.dumps({"version": 1, "data": ROWS}, indent=1).encode(),
+    "long_lines.json": "".join(json.dumps({**row, "note": "n" * 5000}) + "\n" for row in ROWS).encode(),
     "packed.jsonl": gzip.compress(TEXT.encode()),
     "plain.jsonl.gz": TEXT.encode(),
     "packed.json.gz": gzip.compress(json.dumps(ROWS).encode()),
@@ -339,6 +340,12 @@ def test_lines_that_python_does_not_read_are_named(tmp_path, content, reason):
         read(str(tmp_path / "a.jsonl"))
 
 
+def test_a_list_in_the_first_of_many_lines_is_one_bad_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f"[1]\n{TEXT}")
+    (task,) = read(str(tmp_path / "a.jsonl"), policy="skip").values()
+    assert (len(task.records["train"]), task.skipped) == (len(ROWS), 1)
+
+
 def test_a_row_of_another_length_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("question,answer\nq,a\nq,a,b\n")
     with pytest.raises(ValueError, match=r"a\.csv:3: the row has another number of cells than the 2 names"):
@@ -365,6 +372,14 @@ def test_whole_numbers_with_gaps_stay_whole_in_parquet(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     (task,) = read(str(tmp_path / "a.parquet"), policy="skip").values()
     assert [r.targets for r in task.records["train"]] == [("1",), ("3",)]
+    numbers = pa.array([1.0, float("inf"), None])
+    pq.write_table(pa.table({"question": ["a", "b", "c"], "answer": numbers}), tmp_path / "infinite.parquet")
+    with pytest.raises(ValueError, match=r"infinite\.parquet:2: answer is inf"):
+        read(str(tmp_path / "infinite.parquet"))
+    table = pa.table({"question": ["a", "b"], "answer": pa.array([1.0, None], pa.float16())})
+    pq.write_table(table, tmp_path / "short.parquet")
+    (task,) = read(str(tmp_path / "short.parquet"), policy="skip").values()
+    assert [r.targets for r in task.records["train"]] == [("1",)]
     pq.write_table(pa.table({"question": ["a", "b"], "answer": [1.0, 2.0]}), tmp_path / "b.parquet")
     (task,) = read(str(tmp_path / "b.parquet")).values()
     assert [r.targets for r in task.records["train"]] == [("1.0",), ("2.0",)], "the file says so"
