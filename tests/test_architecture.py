@@ -96,7 +96,7 @@ LAYERS = {
         *("checkpoint_files", "expert_division", "optimizer_settings", "preemption", "processes", "random_state"),
         "replicas",
         *("step_gradients", "step_logging", "strategy", "validation_state"),
-        *("provenance", "search", "callbacks", "slurm"),
+        *("provenance", "redaction", "search", "callbacks", "slurm"),
         *("answers_key", "benchmark_results", "benchmark_step", "generation", "partial_answers", "ranking"),
         "finished_tests",
     },
