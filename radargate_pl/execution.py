@@ -12,7 +12,7 @@ from radargate_pl.backbones import processor_supports_bfloat16
 from radargate_pl.compiled_layers import CompiledLayers, decoder_layers, missing_compiler, warn_of_eager_code
 from radargate_pl.fast_mixture import Mixture, reads_input
 from radargate_pl.gates import RadarGate, StretchGate
-from radargate_pl.grouped_attention import use_grouped_attention
+from radargate_pl.grouped_attention import LONGEST, use_grouped_attention
 from radargate_pl.moe import MoELinear
 from radargate_pl.native.library import native_library
 from radargate_pl.quantization import number_of_weights
@@ -32,7 +32,8 @@ class Execution:
         compile: whether the backbone's decoder layers are compiled while they train: "auto" for fits long enough to
             gain from it, where a gain was measured, see `AppliedExecution.begin_fit`; true from the first batch on.
         attention: what the backbone attends with while it trains on a CPU: "grouped", two products that leave keys and
-            values shared among heads; "model", its own; "auto" the faster one, see `AppliedExecution`.
+            values shared among heads; "model", its own; "auto" the faster one, up to 512 tokens: the first keeps
+            memory with the square of the length.
 
     Raises:
         ValueError: for other values.
@@ -156,9 +157,10 @@ class AppliedExecution:
         asked, own = self.execution.attention, str(getattr(self._model.config, "_attn_implementation", None))
         if asked == "model" or (asked == "auto" and not _computes_in_bfloat16(self._model)):
             return own
-        reason = use_grouped_attention(self._model)
+        reason = use_grouped_attention(self._model, only_short=asked == "auto")
         if reason is None:
-            return f"grouped while training on a CPU, else {own}"
+            reach = f" up to {LONGEST} tokens" if asked == "auto" else ""
+            return f"grouped while training on a CPU{reach}, else {own}"
         return own if asked == "auto" else f"{own} ({reason})"
 
 

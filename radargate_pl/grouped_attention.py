@@ -12,7 +12,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-NAME = "radargate_grouped"
+NAME = "radargate_grouped"  # at every length
+SHORT = "radargate_grouped_short"  # up to LONGEST tokens
+# Scores are kept for the backward pass, heads x length^2 of them a row and layer; torch's fused attention keeps none.
+LONGEST = 512
 
 
 def grouped_attention(
@@ -70,26 +73,40 @@ def grouped_mask(*args: Any, **options: Any) -> Tensor | None:
     return mask
 
 
-def use_grouped_attention(model: PreTrainedModel) -> str | None:
+def grouped_mask_of_short(*args: Any, **options: Any) -> Tensor | None:
+    """Make the mask like `grouped_mask`, beyond `LONGEST` tokens ``sdpa``'s own, with which it attends there too.
+
+    Args:
+        args: as transformers passes them.
+        options: the same.
+    """
+    is_short = max(int(options.get("q_length", 0)), int(options.get("kv_length", 0))) <= LONGEST
+    mask: Tensor | None = (grouped_mask if is_short else sdpa_mask)(*args, **options)
+    return mask
+
+
+def use_grouped_attention(model: PreTrainedModel, *, only_short: bool = False) -> str | None:
     """Let a model attend like this from now on.
 
     Args:
         model: the backbone.
+        only_short: whether batches of more than `LONGEST` tokens keep the model's own attention.
 
     Returns:
         Why it cannot: it is left as it is then. ``None`` when it does.
     """
     used = getattr(model.config, "_attn_implementation", None)
-    if used == NAME:
+    name = SHORT if only_short else NAME
+    if used == name:
         return None
     if model.config.is_encoder_decoder:
         return "an encoder-decoder backbone keeps its own"
     if used != "sdpa" or not model._supports_attention_backend:
         return f"{type(model).__name__} attends by {used!r}, which has no place for another"
-    AttentionInterface.register(NAME, grouped_attention)
-    AttentionMaskInterface.register(NAME, grouped_mask)
-    model.set_attn_implementation(NAME)
-    is_set = model.config._attn_implementation == NAME
+    AttentionInterface.register(name, grouped_attention)
+    AttentionMaskInterface.register(name, grouped_mask_of_short if only_short else grouped_mask)
+    model.set_attn_implementation(name)
+    is_set = model.config._attn_implementation == name
     return None if is_set else f"{type(model).__name__} has no place for another attention"
 
 

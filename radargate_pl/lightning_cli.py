@@ -41,7 +41,7 @@ from radargate_pl.run_folder import check_run_folder, is_gate_folder, resolve_ch
 from radargate_pl.run_lock import RunLock
 from radargate_pl.run_loggers import RunCSVLogger, RunTensorBoardLogger
 from radargate_pl.slurm import check_launch
-from radargate_pl.trainer_config import check_run_path, check_trainer_config, make_plain
+from radargate_pl.trainer_config import check_run_path, check_trainer_config, make_plain, naming_the_trainer
 
 _EPILOG = (
     "radargate doctor tells what is wrong with a machine or a config, radargate score scores predictions, radargate "
@@ -244,7 +244,8 @@ class RadarGateCLI(LightningCLI):
         off = tuple(kind for name, kinds in SWITCHES.items() if config[name] is False for kind in kinds)
         given = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         off += (RunProgressBar,) if any(isinstance(one, ProgressBar) for one in given) else ()
-        trainer = super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
+        with naming_the_trainer():
+            trainer = super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
         if self.subcommand == "fit":
             check_trainer(trainer)
             check_takes_steps(trainer)

@@ -103,7 +103,15 @@ class NewExperts:
 
         Returns:
             Expert name to A (r, in) and to B (out, r).
+
+        Raises:
+            ValueError: for a rank above both widths of the layer, which no matrix of that shape has.
         """
+        widest = max(layer.in_features, layer.out_features)
+        if self.rank > widest:
+            raise ValueError(
+                f"Expected new_experts.rank to be at most {widest}, the wider side of {path}, but got {self.rank}."
+            )
         lora_A: dict[str, Tensor] = {}
         for name in names:
             if self.share_A and lora_A:

@@ -125,7 +125,8 @@ def test_a_missing_compiler_is_found_before_anything_is_compiled(monkeypatch):
 
 def test_the_attention_goes_by_the_units_of_the_processor(monkeypatch):
     monkeypatch.setattr(module, "processor_supports_bfloat16", lambda: True)
-    assert network_of("llama", dtype="bfloat16").applied_execution.attention.startswith("grouped")
+    chosen = network_of("llama", dtype="bfloat16").applied_execution.attention
+    assert chosen == "grouped while training on a CPU up to 512 tokens, else sdpa"
     assert network_of("llama").applied_execution.attention == "sdpa"
     assert network_of(
         "llama", dtype="bfloat16", execution=Execution(attention="model")

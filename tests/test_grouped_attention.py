@@ -9,6 +9,7 @@ from tiny_models import batch_of, left_padded, network_of
 from torch import Tensor
 from transformers import AttentionMaskInterface, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from radargate_pl import grouped_attention as module
 from radargate_pl.grouped_attention import NAME, use_grouped_attention
 
 ROWS, LENGTH = 3, 9
@@ -82,6 +83,21 @@ def test_without_gradients_it_is_sdpa_itself(case):
     with torch.no_grad():
         found, expected = (m(ids, attention_mask=mask, position_ids=positions).logits for m in (model, reference))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("make", [llama, windowed])
+def test_long_batches_keep_the_models_own_attention(make, case, monkeypatch):
+    """`auto`: bits of sdpa with gradients, where the other keeps scores with the square of the length."""
+    reference, model = make(), make()
+    for each in (reference, model):
+        each.set_attn_implementation("sdpa")
+    assert use_grouped_attention(model, only_short=True) is None
+    short = computed(model, *CASES[case])
+    monkeypatch.setattr(module, "LONGEST", LENGTH - 1)
+    for found, expected in zip(computed(model, *CASES[case]), computed(reference, *CASES[case]), strict=True):
+        assert torch.equal(found, expected)
+    assert not torch.equal(computed(model, *CASES[case])[1], short[1])
 
 
 def test_models_it_does_not_know_keep_their_own():

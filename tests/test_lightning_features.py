@@ -61,6 +61,10 @@ REFUSED = {
     ),
     "one device of two": (["--trainer.strategy=single_device", "--trainer.devices=2"], "single_device trains on one"),
     "bare bones": (["--trainer.barebones=true"], "trainer.barebones: expected false"),
+    "parallel by data": (["--trainer.strategy=dp"], "configuration: trainer: You selected an invalid strategy"),
+    "shards on a CPU": (["--trainer.strategy=fsdp"], "configuration: trainer: The strategy `fsdp` requires a GPU"),
+    "a precision": (["--trainer.precision=transformer-engine"], "configuration: trainer: "),
+    "a rank": (["--model.network.new_experts.rank=100000"], "new_experts.rank to be at most 64, the wider side of"),
     "an address": (["--trainer.default_root_dir=s3://bucket/run"], "expected a folder of this machine"),
     "an endless rate": (["--model.optimizer.lr=1e400"], "model.optimizer.lr to be a finite number, but got inf"),
     "a short cycle": (

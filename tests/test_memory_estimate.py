@@ -64,13 +64,55 @@ def test_what_it_grows_with():
 def test_free_memory_is_what_machine_and_container_leave(tmp_path, monkeypatch):
     free = free_memory(torch.device("cpu"))
     assert free is None or free > 10_000_000
-    (tmp_path / "max").write_text("5000\n")
-    (tmp_path / "used").write_text("3000\n")
-    files = (str(tmp_path / "max"), str(tmp_path / "used"))
-    monkeypatch.setattr("radargate_pl.memory_estimate._CGROUPS", [files])
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("3000\n")
+    monkeypatch.setattr("radargate_pl.memory_estimate._CGROUP_ROOT", tmp_path)
     assert free_memory(torch.device("cpu")) == 2000
-    (tmp_path / "max").write_text("max\n")
+    (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(torch.device("cpu")) != 2000
+
+
+@pytest.mark.parametrize(("line", "folder"), [("0::/", ""), ("4:cpu,memory:/", "memory/")])
+def test_a_jobs_limit_lies_in_the_group_of_the_process(tmp_path, monkeypatch, line, folder):
+    """As Slurm leaves it without a namespace: the root says nothing, the job's group does, or one around it."""
+    (tmp_path / "own").write_text(f"9:cpuset:/else\n{line}slurm/job_7/step_0\n")
+    limit, used = ("memory.max", "memory.current") if not folder else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    job = tmp_path / folder / "slurm/job_7"
+    (job / "step_0").mkdir(parents=True)
+    for place, most in ((job, "7000"), (job / "step_0", "max")):
+        (place / limit).write_text(f"{most}\n")
+        (place / used).write_text("3000\n")
+    monkeypatch.setattr("radargate_pl.memory_estimate._CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr("radargate_pl.memory_estimate._CGROUP_OF_PROCESS", tmp_path / "own")
+    assert free_memory(torch.device("cpu")) == 4000
+    (job / "step_0" / limit).write_text("3500\n")
+    assert free_memory(torch.device("cpu")) == 500
+    (tmp_path / "own").write_text("")
+    assert free_memory(torch.device("cpu")) not in (500, 4000)
+
+
+def test_scores_that_are_kept_are_counted():
+    """Two lengths tell the square apart; the model's own attention keeps no scores."""
+
+    def kept(network: GatedNetwork, length: int) -> int:
+        config = network.backbone.config
+        found = step_memory(network, 2, length, 10).attention
+        return found // (2 * config.num_attention_heads * config.num_hidden_layers)
+
+    grouped = network_of("llama", execution=Execution(attention="grouped")).train()
+    assert kept(grouped, 100) == 4 * 100**2
+    assert kept(grouped, 2000) == 4 * 2000**2
+    own = network_of("llama", execution=Execution(attention="model")).train()
+    assert kept(own, 2000) == 0
+    narrow = network_of("llama", dtype="bfloat16", execution=Execution(attention="grouped")).train()
+    assert kept(narrow, 100) == 6 * 100**2
+
+
+def test_torchs_form_of_generation_holds_the_experts_twice():
+    native, in_torch = (network_of("llama", execution=Execution(mixture=m)).train() for m in ("auto", "torch"))
+    experts = sum(bank.numel() * 4 for layer in in_torch.layers.values() for bank in layer.bank.parameters())
+    assert step_memory(in_torch, 2, 24, 10).decoding == experts
+    assert step_memory(native, 2, 24, 10).decoding == 0
 
 
 @pytest.mark.parametrize("free", [10, 10**15])

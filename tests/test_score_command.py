@@ -490,3 +490,12 @@ def test_options_that_are_missing_or_wrong(capsys, tmp_path):
     assert "expected true or false" in capsys.readouterr().err
     assert main(["score", "--help"]) == 0
     assert "PREDICTIONS.jsonl" in capsys.readouterr().out
+
+
+def test_gsm8ks_own_column_is_a_reference(score):
+    solution = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 24"
+    rows = [{"id": 1, "output": "So 24.", "answer": solution}, {"id": 2, "output": "It is 48.", "answer": solution}]
+    code, summary, lines, error = score(rows, "gsm8k")
+    assert code == 0, error
+    assert summary["metrics"]["accuracy"]["value"] == 0.5
+    assert [line["correct"] for line in lines] == [True, False]

@@ -166,7 +166,7 @@ class BenchmarkData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download what is not here; Lightning calls this on one process. Bad input is refused here too."""
-        self.setup("test")
+        self._read_all()
 
     def setup(self, stage: str) -> None:
         """Read, render and encode every task, once.
@@ -177,8 +177,11 @@ class BenchmarkData(LightningDataModule):
         Raises:
             ValueError: For bad input.
         """
-        if take_common_day(self):
+        if take_common_day(self):  # all processes are here together; prepare_data is called on one of them
             self._encoders, self._requests = {}, {}
+        self._read_all()
+
+    def _read_all(self) -> None:
         for source in self.sources:
             if source.benchmark.name not in self._requests:
                 self._read(source)

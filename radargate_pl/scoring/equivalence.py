@@ -73,6 +73,7 @@ class Verifier:
         """
         with self._lock:
             if self._process is None or self._process.poll() is not None:
+                self.close()  # the pipes of one that has ended stay open otherwise
                 self._start()
             assert self._process is not None
             assert self._process.stdin is not None
