@@ -157,6 +157,15 @@ def test_a_config_that_is_no_object_is_one_sentence(law: Path, base: Path, text:
         loaded(law, base)
 
 
+def test_a_pattern_that_a_whole_library_shares_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr("radargate_pl.layer_patterns.subprocess.run", lambda *words, **options: tried.append(words))
+    for _ in range(3):
+        check_pattern("target_modules", r"(.*[a-z]+){2}_proj", ["layers.0.q_proj"])
+    check_pattern("target_modules", r"(.*[a-z]+){2}_proj", ["layers.1.q_proj"])
+    assert len(tried) == 2, "once for each model"
+
+
 def test_a_pattern_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("radargate_pl.layer_patterns.SECONDS", 1.0)
     paths = ["a" * 40 + "!"]
