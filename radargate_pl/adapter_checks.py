@@ -143,5 +143,6 @@ def _more(paths: list[str]) -> str:
     return f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
 
 
-def _shown(targets: Any) -> Any:
-    return sorted(targets) if isinstance(targets, (set, list)) else targets
+def _shown(targets: Any, length: int = 200) -> str:
+    text = str(sorted(targets) if isinstance(targets, (set, list)) else targets)
+    return text if len(text) <= length else f"{text[:length]}..."

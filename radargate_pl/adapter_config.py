@@ -104,7 +104,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"Expected a file {file.name}, but there is none; is this a PEFT folder?")
     try:
-        written = json.loads(file.read_text(encoding="utf-8"))
+        written = json.loads(file.read_text(encoding="utf-8-sig"))  # with a byte order mark or without
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Expected {file.name} to be JSON, but it is damaged: {error}.") from error
     if not isinstance(written, dict):
@@ -169,7 +169,7 @@ def _malformed(written: dict[str, Any]) -> list[str]:
     problems = []
     rank, alpha = written.get("r", 8), written.get("lora_alpha", 8)
     if not _is_number(rank, int) or rank < 1:
-        problems.append(f"Expected r in {CONFIG_FILE} to be a positive whole number, but got {rank!r}.")
+        problems.append(f"Expected r in {CONFIG_FILE} to be a positive whole number, but got {_short(rank)}.")
     if not _is_number(alpha, (int, float)):
         problems.append(f"Expected lora_alpha in {CONFIG_FILE} to be a finite number, but got {_short(alpha)}.")
     for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
@@ -179,11 +179,14 @@ def _malformed(written: dict[str, Any]) -> list[str]:
     targets = written.get("target_modules")
     is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     if not targets or not (is_list or isinstance(targets, str)):
-        problems.append(f"Expected target_modules in {CONFIG_FILE} to be a list or a string, but got {targets!r}.")
+        problems.append(
+            f"Expected target_modules in {CONFIG_FILE} to be a list or a string, but got {_short(targets)}."
+        )
     for name, is_right, expected in (
         ("exclude_modules", _is_words, "a list or a string"),
         ("layers_pattern", _is_words, "a list or a string"),
         ("layers_to_transform", _is_layers, "a number or a list of numbers"),
+        ("base_model_name_or_path", lambda value: isinstance(value, str), "a name or a path"),
         ("use_rslora", lambda value: value is True, "true or false"),
     ):
         value = written.get(name)

@@ -1,6 +1,7 @@
 """Where this package keeps what it fetched or made (standard library only)."""
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -50,3 +51,39 @@ def make_shared_folder(folder: Path) -> Path:
             error.errno, f"the cache cannot be written ({error.strerror}); RADARGATE_CACHE names another", str(folder)
         ) from error
     return folder
+
+
+def writable_by_others(path: Path) -> Path | None:
+    """Return what on the way to a file others than this user and root could replace or write; ``None``: nothing.
+
+    What lies below a folder that others cannot enter is out of their reach. In a folder with the sticky bit others
+    cannot remove what is not theirs. Parts that do not exist yet are passed over.
+
+    Args:
+        path: of a file or folder; both its name and where links lead are looked at.
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    ways = {Path(os.path.abspath(path)), Path(os.path.realpath(path))}
+    return next((found for found in map(_writable_on, ways) if found is not None), None)
+
+
+def _writable_on(way: Path) -> Path | None:
+    culprit = None
+    for place in (way, *way.parents):
+        try:
+            found = place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return place
+        if found.st_uid not in (os.getuid(), 0):
+            return place
+        if stat.S_ISLNK(found.st_mode):
+            continue
+        is_folder = stat.S_ISDIR(found.st_mode)
+        if is_folder and not found.st_mode & 0o011:
+            culprit = None
+        elif found.st_mode & 0o022 and not (is_folder and found.st_mode & stat.S_ISVTX):
+            culprit = culprit or place
+    return culprit

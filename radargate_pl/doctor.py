@@ -26,6 +26,7 @@ from radargate_pl.doctor_checks import (
     check_versions,
     is_malicious_installed,
 )
+from radargate_pl.redaction import redact_arguments, redact_text
 
 FORMAT_VERSION = 1
 USAGE = """usage: radargate doctor [--json] [--config FILE ...] [--key value ...]
@@ -193,15 +194,8 @@ def scrub(text: str) -> str:
         text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
     for name in {os.environ.get("USER"), os.environ.get("LOGNAME"), Path(home).name} - {None, "", "root"}:
         text = re.sub(rf"(?<=/){re.escape(str(name))}(?![\w.-])", "<user>", text)
-    if "torch" not in sys.modules:  # which provenance imports; no run has written anything then
-        return text
-    from radargate_pl.provenance import REDACTED, is_secret_name, redact_arguments
-
-    def redacted(found: re.Match[str]) -> str:
-        return found[1] + found[2] + REDACTED if is_secret_name(found[1]) else found[0]
-
     lines = (" ".join(redact_arguments(line.split(" "))) for line in text.split("\n"))
-    return "\n".join(re.sub(r"([\w.-]+)(\s*[:=]\s*)(\S+)", redacted, line) for line in lines)
+    return "\n".join(map(redact_text, lines))
 
 
 def _environment(folder: str | None) -> Mapping[str, str]:

@@ -105,7 +105,7 @@ def read_expert_record(folder: Path) -> dict[str, Any] | None:
             record["format_version"],
             (record["fingerprint"], record["backbone"]["fingerprint"], record["shared_A"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"Expected {EXPERT_FILE} to be whole, but it is damaged: {error!r}.") from error
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -138,7 +138,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"Expected {WEIGHTS_FILE} to be whole, but it is damaged: {error}. Fetch or save it again."
+            f"Expected {WEIGHTS_FILE} to be whole, but it is {_damage(file, error)}. Fetch or save it again."
         ) from error
     return _halves(tensors)
 
@@ -155,8 +155,8 @@ def _halves(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         )
     for key, tensor in tensors.items():
         match = TENSOR_KEY.fullmatch(key)
-        if match is None or tensor.dim() != 2 or not tensor.is_floating_point():
-            unknown.append(f"{key} {tuple(tensor.shape)}")
+        if match is None or tensor.dim() != 2 or not tensor.is_floating_point() or tensor.element_size() < 2:
+            unknown.append(f"{key} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
         else:
             halves[match["side"]][match["path"]] = tensor
             adapters.add(match["adapter"])
@@ -174,7 +174,14 @@ def _halves(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _is_finite(*tensors: Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    """Also in float32, in which experts are computed with."""
+    return all(bool(tensor.float().isfinite().all()) for tensor in tensors)
+
+
+def _damage(file: Path, error: Exception) -> str:
+    with file.open("rb") as opened:
+        is_pointer = opened.read(24).startswith(b"version https://git-lfs")
+    return "only a pointer of Git LFS (run git lfs pull)" if is_pointer else f"damaged: {error}"
 
 
 def _old_file(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from radargate_pl.expert_shapes import check_experts
-from radargate_pl.ops import gate_dtype, one_hot_like, pack_latents
+from radargate_pl.ops import gate_dtype, gram_map, one_hot_like, pack_latents
 from radargate_pl.precision import Float32Module
 from radargate_pl.remembered import Prepared, Remembered
 
@@ -223,11 +223,11 @@ class ExpertBank(Float32Module):
             place = {index: position for position, index in enumerate(active)}
             indices = torch.tensor([place.get(i, 0) for i in range(self.num_experts)], device=indices.device)[indices]
         stacked = self._stacked_B(active).to(latents.dtype)
-        cross_gram = stacked.mT @ stacked
+        through = gram_map(stacked)
         rows = []
         for slot in indices.unbind(-1):
             mask = one_hot_like(slot, len(here), latents.dtype)
-            projected = (pack_latents(latents, mask) @ cross_gram).unflatten(-1, latents.shape[-2:])
+            projected = through(pack_latents(latents, mask)).unflatten(-1, latents.shape[-2:])
             rows.append((projected * latents).sum(-1).gather(-1, indices))
         return torch.stack(rows, dim=-2)
 

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR
 
 from radargate_pl.metrics import TaskScore, named_scores
+from radargate_pl.schedule_trial import check_schedule
 from radargate_pl.search import check_search
 from radargate_pl.strategy import check_strategy
 
@@ -78,6 +79,8 @@ def check_fit(lm: "AdaptedLM") -> None:
     check_strategy(lm.trainer.strategy, lm.built_network)
     check_monitors(lm)
     check_schedule_lengths(lm.trainer)
+    for config in lm.trainer.lr_scheduler_configs:
+        check_schedule(config.scheduler, lm.trainer.estimated_stepping_batches - lm.trainer.global_step)
 
 
 def check_monitors(lm: "AdaptedLM") -> None:

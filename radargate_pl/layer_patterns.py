@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,11 +61,21 @@ def check_pattern(field: str, pattern: object, paths: Sequence[str]) -> None:
         raise ValueError(f"Expected {field} to be a regular expression, but {pattern!r} is none: {error}.") from error
     if not SUSPICIOUS.search(pattern):
         return
-    given = json.dumps([pattern, list(paths)])
-    try:  # Python's matching cannot be interrupted, so another process tries it first
-        subprocess.run([sys.executable, "-S", "-c", MATCH_ALL], input=given, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
+    if not _ends(json.dumps([pattern, list(paths)])):
         raise ValueError(
             f"Expected {field} to match the layers in moments, but {pattern!r} took longer than {SECONDS:.0f} s: a "
             "group that is repeated and can match the same text in several ways never ends. Name the layers plainly."
-        ) from error
+        )
+
+
+@lru_cache(maxsize=16)
+def _ends(given: str) -> bool:
+    """Whether matching ends in time; tried once where a library's experts share one pattern.
+
+    Python's matching cannot be interrupted, so another process tries it first.
+    """
+    try:
+        subprocess.run([sys.executable, "-S", "-c", MATCH_ALL], input=given, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return True

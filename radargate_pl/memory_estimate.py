@@ -112,8 +112,9 @@ def _score_bytes(network: GatedNetwork, length: int) -> int:
 
 def _copied_bytes(layer: MoELinear) -> int:
     """What `DecodeMixture` copies: A, and B scaled in float32; native code reads the experts themselves."""
-    device = layer.bank.lora_A.device.type
-    if layer.bank.trainable or layer.mixture == "plain" or (layer.mixture == "auto" and device == "cpu"):
+    if layer.bank.trainable or layer.mixture == "plain":
+        return 0
+    if layer.mixture == "auto" and layer.bank.lora_A.device.type == "cpu":
         return 0
     return layer.bank.lora_A.numel() * layer.bank.lora_A.element_size() + layer.bank.lora_B.numel() * FLOAT32
 

@@ -6,6 +6,7 @@ radians. Shapes in comments: B batch, S sequence, E experts, K kept experts, r r
 token dimensions.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 RMS_EPS = 1e-8
+WIDEST_GRAM = 2048  # columns of stacked B whose Gram is made; in float64 it has 32 MB then
 MOST_PASSES = 8  # largest top_k found one maximum after the other: as far as it was measured to pay
 
 
@@ -158,6 +160,22 @@ def dense_weights(weights: Tensor, indices: Tensor | None, num_experts: int) -> 
     if indices is None:
         return weights
     return weights.new_zeros((*weights.shape[:-1], num_experts)).scatter(-1, indices, weights)
+
+
+def gram_map(stacked: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return ``x -> x S^T S``; of wide S without the square matrix, which at 1,000 experts of rank 8 is 512 MB.
+
+    Args:
+        stacked: S, (out, E * r).
+
+    Example:
+        >>> gram_map(torch.tensor([[1.0, 2.0]]))(torch.tensor([[1.0, 0.0]]))
+        tensor([[1., 2.]])
+    """
+    if stacked.shape[1] > WIDEST_GRAM:
+        return lambda x: (x @ stacked.mT) @ stacked
+    gram = stacked.mT @ stacked
+    return lambda x: x @ gram
 
 
 def pack_latents(latents: Tensor, coefficients: Tensor) -> Tensor:

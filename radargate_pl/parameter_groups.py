@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+Made = TypeVar("Made")
+FINITE = ("lr", "weight_decay", "eps", "momentum")
 MULTIPLIER = "lr_multiplier"  # entry of a parameter group: {part of the names: factor}, empty for the base group
 
 UNSERVED: dict[type[Optimizer], str] = {
@@ -41,15 +43,16 @@ def optimizer_and_schedule(
         What Lightning takes from ``configure_optimizers``.
 
     Raises:
-        ValueError: if nothing trains; for a factor that is not positive, a key no name has, two keys of one parameter,
-            an optimiser without a learning rate, LBFGS and SparseAdam, a rate that is NaN or infinite, and a schedule
-            that waits for a metric or undoes the factors.
+        ValueError: if nothing trains; for what optimiser or schedule say of their arguments; for a factor that is not
+            positive, a key no name has, two keys of one parameter, an optimiser without a learning rate, LBFGS and
+            SparseAdam, settings that are NaN or infinite, and a schedule that waits for a metric or undoes the factors.
     """
     if not parameters:
         raise ValueError(
             f"Expected something to train, but got {what}: this gate has nothing to train; use validate or test"
         )
-    optimizer = make_optimizer(_groups(parameters, lr_multipliers) if lr_multipliers else list(parameters.values()))
+    groups = _groups(parameters, lr_multipliers) if lr_multipliers else list(parameters.values())
+    optimizer = _made(make_optimizer, groups, "model.optimizer")
     _check_optimizer(optimizer)
     for group in optimizer.param_groups if lr_multipliers else []:
         if group.get("lr") is None:
@@ -61,22 +64,31 @@ def optimizer_and_schedule(
     optimizer.register_load_state_dict_pre_hook(_check_saved_groups)
     if make_scheduler is None:
         return optimizer
-    scheduler = make_scheduler(optimizer)
+    scheduler = _made(make_scheduler, optimizer, "model.lr_scheduler")
     _check_schedule(scheduler, optimizer)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def _made(make: Callable[[Any], Made], argument: Any, key: str) -> Made:
+    """Name the key of a class that refuses its arguments: it knows nothing of the config."""
+    try:
+        return make(argument)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
 def _check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimiser that no step here can serve, and a rate that is no number."""
+    """Refuse an optimiser that no step here can serve, and settings that are no numbers."""
     for kind, reason in UNSERVED.items():
         if isinstance(optimizer, kind):
             raise ValueError(
                 f"Expected model.optimizer to be one like AdamW, but got {_name(optimizer)}, which {reason}"
             )
     for group in optimizer.param_groups:
-        rate = group.get("lr")
-        if rate is not None and not math.isfinite(float(rate)):
-            raise ValueError(f"Expected model.optimizer.lr to be a finite number, but got {float(rate)}")
+        for name in FINITE:
+            value = group.get(name)
+            if isinstance(value, int | float | Tensor) and not math.isfinite(float(value)):
+                raise ValueError(f"Expected model.optimizer.{name} to be a finite number, but got {float(value)}")
 
 
 def _groups(parameters: Mapping[str, Tensor], lr_multipliers: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from radargate_pl.moe import MoELinear, moe_layers
 from radargate_pl.ops import dense_weights
 from radargate_pl.records import turned_outputs
 
+MOST_NAMED = 64  # experts of which a prompt's shares are all written; of more, the largest of those that are not 0
+
 
 class PromptGates:
     """Sums over the tokens of each prompt and over layers.
@@ -74,7 +76,8 @@ class PromptGates:
             prompts: how many there are, P.
 
         Returns:
-            ``top_expert_share``, which sums to 1 over the experts and is empty without any, and ``rms_angle_rad``,
+            ``top_expert_share``, which sums to 1 over the experts and is empty without any (of more than `MOST_NAMED`
+            experts those never on top are left out, and the largest `MOST_NAMED` remain), and ``rms_angle_rad``,
             ``None`` without a rotation; six digits of both.
         """
         top = {name: counts.tolist() for name, counts in self.top.items()}
@@ -85,8 +88,15 @@ class PromptGates:
             total = sum(counts[index] for counts in top.values())
             shares = {name: round(counts[index] / total, 6) for name, counts in top.items()} if total else {}
             angle = round((square / number) ** 0.5, 6) if number else None
-            found.append({"top_expert_share": shares, "rms_angle_rad": angle})
+            found.append({"top_expert_share": _largest(shares), "rms_angle_rad": angle})
         return found
+
+
+def _largest(shares: dict[str, float]) -> dict[str, float]:
+    if len(shares) <= MOST_NAMED:
+        return shares
+    named = sorted((name for name, share in shares.items() if share), key=lambda name: -shares[name])
+    return {name: shares[name] for name in named[:MOST_NAMED]}
 
 
 @contextmanager

@@ -1,11 +1,9 @@
-"""Where a result comes from: command line without secrets, versions, git state, memory (layer 5)."""
+"""Where a result comes from: versions, git state, memory (layer 5)."""
 
 import os
-import re
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,49 +12,6 @@ import torch
 from radargate_pl import __version__
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "torchmetrics", "jsonargparse", "reasoning-gym")
-REDACTED = "<redacted>"
-# Words of a name, so that api_key and --hf-token are secrets while max_new_tokens, tokenizer and monkey are not.
-_SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd", "credential", "credentials"}
-_SECRET_VALUE = re.compile(
-    r"(hf_|sk-|ghp_|github_pat_|glpat-|xox[bp]-|AKIA)[A-Za-z0-9_\-]{12,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
-
-
-def is_secret_name(name: str) -> bool:
-    """Whether a key's last part names a secret.
-
-    Args:
-        name: a key such as ``--trainer.logger.api_key``.
-
-    Example:
-        >>> is_secret_name("--logger.api_key"), is_secret_name("--model.max_new_tokens")
-        (True, False)
-    """
-    last = name.lstrip("-").rpartition(".")[2]
-    return bool(_SECRET_WORDS & set(re.split(r"[_\-]", last.lower())))
-
-
-def redact_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line without its secrets: values of arguments named like one, and values that look like one.
-
-    Args:
-        arguments: words of the command line.
-
-    Example:
-        >>> redact_arguments(["fit", "--hf_token", "abc", "--url=https://me:pw@host/x"])
-        ['fit', '--hf_token', '<redacted>', '--url=https://<redacted>@host/x']
-    """
-    shown, hides_next = [], False
-    for word in arguments:
-        name, equals, _ = word.partition("=")
-        if hides_next and not word.startswith("--"):
-            shown.append(REDACTED)
-        elif word.startswith("--") and equals and is_secret_name(name):
-            shown.append(f"{name}={REDACTED}")
-        else:
-            shown.append(_SECRET_VALUE.sub(REDACTED, word))
-        hides_next = word.startswith("--") and not equals and is_secret_name(word)
-    return shown
 
 
 def installed_versions() -> dict[str, str]:

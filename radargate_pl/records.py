@@ -17,6 +17,7 @@ from radargate_pl.moe import MoELinear, moe_layers
 from radargate_pl.ops import dense_weights, routing_entropy
 from radargate_pl.rotations import Rotation
 
+PAIRED_EXPERTS = 128  # up to which cosines are kept by pair; beyond, three matrices a layer are megabytes
 COSINE_TOKENS = 256  # pair cosines keep every slot's output at once: a sample of the batch bounds that memory
 
 
@@ -33,9 +34,10 @@ class AngleStatistics:
         abs_sum: the same of its absolute value.
         square_sum: the same of its square, radians^2.
         beyond_sum: planes turned by more than pi / 4, (E,).
-        cosine_before: cosine of two kept experts' outputs before rotation, summed over tokens, (E, E) symmetric.
+        cosine_before: cosine of two kept experts' outputs before rotation, summed over tokens, (E, E) symmetric; of
+            more than `PAIRED_EXPERTS` experts its row sums alone, (E,).
         cosine_after: the same after rotation.
-        cosine_count: tokens in those sums, (E, E).
+        cosine_count: tokens in those sums, of the same shape.
     """
 
     pairs: tuple[int, ...]
@@ -52,7 +54,8 @@ class AngleStatistics:
     def zeros(cls, pairs: Sequence[int], device: torch.device | None = None) -> "AngleStatistics":
         """Return empty sums for a layer whose experts are rotated in that many planes each."""
         vectors = [torch.zeros(len(pairs), dtype=torch.float64, device=device) for _ in range(5)]
-        matrices = [torch.zeros(len(pairs), len(pairs), dtype=torch.float64, device=device) for _ in range(3)]
+        shape = [len(pairs)] * (2 if len(pairs) <= PAIRED_EXPERTS else 1)
+        matrices = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)]
         return cls(tuple(pairs), *vectors, *matrices)
 
     @property
@@ -285,7 +288,8 @@ def _add_cosines(stats: AngleStatistics, slots: list[Slot]) -> None:
         both = first.counted * second.counted
         before = F.cosine_similarity(first.before.double(), second.before.double(), dim=-1)
         after = F.cosine_similarity(first.after.double(), second.after.double(), dim=-1)
-        for cell in ((first.expert, second.expert), (second.expert, first.expert)):
+        for pair in ((first.expert, second.expert), (second.expert, first.expert)):
+            cell = pair[: stats.cosine_count.dim()]
             stats.cosine_before.index_put_(cell, before * both, accumulate=True)
             stats.cosine_after.index_put_(cell, after * both, accumulate=True)
             stats.cosine_count.index_put_(cell, both, accumulate=True)

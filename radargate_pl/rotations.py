@@ -16,6 +16,7 @@ from radargate_pl.site import Site
 AngleNorm = Literal["none", "rms"]
 RotationSharing = Literal["shared", "per_expert"]
 RotationRank = int | Literal["full"]
+DEFAULT_RANK = 8
 
 
 class Rotation(Float32Module):
@@ -92,7 +93,7 @@ class RadarRotation(Rotation):
     def __init__(
         self,
         site: Site,
-        rotation_rank: RotationRank = 8,
+        rotation_rank: RotationRank = DEFAULT_RANK,
         rotation_sharing: RotationSharing = "shared",
         angle_norm: AngleNorm = "rms",
         angle_bound: float | None = None,
@@ -107,6 +108,11 @@ class RadarRotation(Rotation):
         if rotation_rank == "full":
             self.theta = nn.Parameter(torch.zeros(width, planes, dtype=torch.float32))
             return
+        if rotation_rank > max(width, DEFAULT_RANK):
+            raise ValueError(
+                f"Expected rotation_rank to be at most {width}, the width of {site.path}, but got {rotation_rank}; "
+                "'full' trains the whole angle matrix."
+            )
         experts = (len(site.experts),) if rotation_sharing == "per_expert" else ()
         self.P = uniform_parameter((*experts, width, rotation_rank), width, generator_for(site.path, "rotation"))
         self.Q = nn.Parameter(torch.zeros(*experts, rotation_rank, planes, dtype=torch.float32))

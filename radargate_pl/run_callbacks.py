@@ -36,6 +36,7 @@ class StoreConfig(SaveConfigCallback):
 
     def __init__(self, parser: Any, config: Any, **kwargs: Any) -> None:
         super().__init__(parser, config, **{**kwargs, "save_to_log_dir": False})
+        self._of_resumed: str | None = None
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lightning calls this once, on rank zero."""
@@ -44,10 +45,14 @@ class StoreConfig(SaveConfigCallback):
         if trainer.state.fn == "fit" and self.config.get("ckpt_path"):
             for line in stored_changes(folder, text):
                 rank_zero_info(f"config changed since the run began: {line}")
+            self._of_resumed = text  # stored once the checkpoint fits: a refused one leaves the run as it was
+            return
         write_config(folder, str(trainer.state.fn.value), text)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed fit takes some steps again: their old rows go."""
+        if self._of_resumed is not None:
+            write_config(Path(trainer.default_root_dir), "fit", self._of_resumed)
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger):
                 logger.drop_after(trainer.global_step, may_validate_again(trainer))

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from radargate_pl.atomic_files import write_text
 from radargate_pl.checkpoint_files import damage, first_whole
-from radargate_pl.provenance import REDACTED, is_secret_name, redact_arguments
+from radargate_pl.redaction import redact
 
 CONFIG = "config.yaml"
 NEWEST = ("auto", "best", "last")
@@ -23,18 +23,6 @@ _HELD = (*(f"{folder}/*" for folder in _FOLDERS), "metrics.csv", "convergence.js
 
 # Settings of one command rather than of the run: a stored config is good for all four commands.
 _ONLY_THIS_COMMAND = ("config", "ckpt_path", "overwrite", "preview", "verbose", "return_predictions", "weights_only")
-
-
-def redact(config: Any) -> Any:
-    """A copy with every value replaced that looks like a secret, or lies under a key named like one."""
-    if isinstance(config, Mapping):
-        return {
-            key: REDACTED if isinstance(value, str) and is_secret_name(str(key)) else redact(value)
-            for key, value in config.items()
-        }
-    if isinstance(config, list | tuple):
-        return [redact(value) for value in config]
-    return redact_arguments([config])[0] if isinstance(config, str) else config
 
 
 def stored_config(config: Mapping[str, Any]) -> str:

@@ -37,8 +37,10 @@ def check_trainer_config(trainer: Any) -> None:
         trainer: the parsed section of a fit.
 
     Raises:
-        ConfigError: for ``barebones``, and for several devices under ``single_device``.
+        ConfigError: for ``barebones``, several devices under ``single_device``, and numbers out of range.
     """
+    if mistakes := list(_numbers(trainer)):
+        raise ConfigError(mistakes)
     if trainer.barebones:
         raise ConfigError(
             [
@@ -54,6 +56,23 @@ def check_trainer_config(trainer: Any) -> None:
                 f"{devices}. Set devices: 1, or strategy: gate_ddp."
             ]
         )
+
+
+def _numbers(trainer: Any) -> Iterator[str]:
+    """Numbers that Lightning divides by, or compares, without a look at them."""
+    least = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
+    for name, lowest in least.items():
+        value = trainer.get(name)
+        if value is not None and value < lowest:
+            yield f"configuration: trainer.{name}: expected at least {lowest}, found {value}."
+    if trainer.get("val_check_interval") == 0:
+        yield (
+            "configuration: trainer.val_check_interval: expected batches or a share of an epoch, found 0. For no "
+            "validation set limit_val_batches: 0."
+        )
+    most, minimum = trainer.get("max_steps") or -1, trainer.get("min_steps") or 0
+    if 0 <= most < minimum:
+        yield f"configuration: trainer.min_steps: expected at most max_steps, which is {most}, found {minimum}."
 
 
 def make_plain(callbacks: Any) -> None:

@@ -172,6 +172,9 @@ class TestRunFolder:
 
     def test_resume_goes_on_with_what_was_typed_and_keeps_the_metrics(self, workspace, caplog):
         run = workspace / "runs/debug"
+        stored = {path.name: path.read_text() for path in run.glob("config*")}
+        assert main(["fit", *DEBUG, "--ckpt_path", "auto", "--data.max_examples", "3"]) == 1
+        assert {path.name: path.read_text() for path in run.glob("config*")} == stored, "refused, and left as it was"
         words = ["--trainer.max_steps", "8", "--ckpt_path", "auto", "--model.optimizer.lr", "0.003"]
         with caplog.at_level("INFO"):
             assert main(["fit", *DEBUG, *words]) == 0

@@ -132,6 +132,7 @@ BAD_FIELDS = {
     "layers_to_transform": ["a", [1, "b"], 1.5],
     "layers_pattern": [7],
     "use_rslora": ["false", 1],
+    "base_model_name_or_path": [5, ["a"]],
 }
 
 
@@ -154,6 +155,15 @@ def test_a_config_that_is_no_object_is_one_sentence(law: Path, base: Path, text:
     (law / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"Expected adapter_config\.json to"):
         loaded(law, base)
+
+
+def test_a_pattern_that_a_whole_library_shares_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr("radargate_pl.layer_patterns.subprocess.run", lambda *words, **options: tried.append(words))
+    for _ in range(3):
+        check_pattern("target_modules", r"(.*[a-z]+){2}_proj", ["layers.0.q_proj"])
+    check_pattern("target_modules", r"(.*[a-z]+){2}_proj", ["layers.1.q_proj"])
+    assert len(tried) == 2, "once for each model"
 
 
 def test_a_pattern_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +189,40 @@ def test_a_broken_number_in_an_adapter_is_named_at_load(law: Path, base: Path, s
     change(law, edit)
     with pytest.raises(ValueError, match=r"law.*NaN or infinity in layer model\.layers\.1\.self_attn\.q_proj"):
         loaded(law, base)
+
+
+@pytest.mark.parametrize(
+    ("cast", "told"),
+    [
+        (lambda t: t.to(torch.float8_e4m3fn), r"no LoRA of a linear layer: .* float8_e4m3fn"),
+        (lambda t: t.to(torch.int8), r"no LoRA of a linear layer: .* int8"),
+        (lambda t: t.double() * 1e300, "NaN or infinity"),  # infinite in float32
+    ],
+)
+def test_numbers_that_no_expert_is_computed_in_are_named(law: Path, base: Path, cast: Any, told: str) -> None:
+    change(law, lambda tensors: {key: cast(tensor) for key, tensor in tensors.items()})
+    with pytest.raises(ValueError, match=told):
+        loaded(law, base)
+
+
+def test_files_that_accidents_leave(law: Path, base: Path) -> None:
+    config = law / "adapter_config.json"
+    plain, weights = config.read_bytes(), (law / "adapter_model.safetensors").read_bytes()
+    config.write_bytes(b"\xef\xbb\xbf" + plain)  # a byte order mark
+    loaded(law, base)
+    config.write_bytes(plain)
+    (law / "expert.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"Expected expert\.json to be whole"):
+        loaded(law, base)
+    (law / "expert.json").unlink()
+    (law / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    with pytest.raises(ValueError, match="only a pointer of Git LFS"):
+        loaded(law, base)
+    rewrite(law, target_modules=["x" * 100_000])
+    (law / "adapter_model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  its length is looked at
+        loaded(law, base)
+    assert len(str(caught.value)) < 2000
 
 
 def test_names_of_adapters_in_keys_are_read_as_peft_reads_them(law: Path, base: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +21,9 @@ from builders import IN, assert_near, experts_of, layer_of, randomise
 from torch import Tensor
 
 from radargate_pl import notices
+from radargate_pl.cache_folder import writable_by_others
 from radargate_pl.gates import RadarGate
-from radargate_pl.native import library
+from radargate_pl.native import kept_library, library
 from radargate_pl.native.gathered_rows import gathered_dots, gathered_sums
 from radargate_pl.native.narrow_product import narrow_product
 from radargate_pl.native.turned_sum import turned_sum, turned_sum_gradients
@@ -264,18 +268,94 @@ def test_part_of_a_file_is_built_anew(share: float, fresh: Path) -> None:
     content = b"\x7fELF" + bytes(100_000)
     whole = content + hashlib.sha256(content).digest()
     place.write_bytes(whole[: int(share * len(whole))])
-    assert not library._is_whole(place)
+    assert kept_library.load(place) is None
     assert library.native_library() is not None
-    assert library._is_whole(place)
+    assert kept_library.load(place) is not None
 
 
 def test_a_file_of_somebody_else_is_not_run(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.native_library() is not None
     place = library._place(library._flags())
-    assert library._is_whole(place)
+    assert kept_library.load(place) is not None
+    monkeypatch.setattr(kept_library, "writable_by_others", lambda _: None)
+    monkeypatch.setattr(os, "fstat", lambda _: SimpleNamespace(st_uid=23456, st_mode=0o100644))
+    assert kept_library.load(place) is None
+    monkeypatch.setattr(os, "fstat", lambda _: SimpleNamespace(st_uid=os.getuid(), st_mode=0o100664))
+    assert kept_library.load(place) is None
+    monkeypatch.undo()
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    monkeypatch.setattr(Path, "stat", lambda _: SimpleNamespace(st_uid=23456))
-    assert not library._is_whole(place)
+    monkeypatch.setattr(Path, "lstat", lambda _: SimpleNamespace(st_uid=23456, st_mode=0o100644))
+    assert kept_library.load(place) is None
+
+
+@pytest.fixture
+def group_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that others can enter, in which the umask of a group's projects holds."""
+    folder = Path(tempfile.mkdtemp(prefix="radargate-group-"))
+    folder.chmod(0o755)
+    monkeypatch.setenv("RADARGATE_CACHE", str(folder / "cache"))
+    notices.say_once.cache_clear()
+    before = os.umask(0o002)
+    yield folder
+    os.umask(before)
+    shutil.rmtree(folder)
+
+
+def test_what_others_may_write_is_not_run(
+    group_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A member of the group may write into the file, or put another into its place."""
+    content = b"no library"
+    loaded: list[str] = []
+    monkeypatch.setattr(kept_library.ctypes, "CDLL", lambda name: loaded.append(name) or name)
+    cache = group_folder / "cache"
+    cache.mkdir(mode=0o755)
+    cache.chmod(0o755)
+    place = kept_library.library_folder() / "x.so"
+    kept_library.keep(place, content)
+    assert stat.S_IMODE(place.stat().st_mode) == 0o644
+    assert stat.S_IMODE(place.parent.stat().st_mode) == 0o755
+    assert kept_library.load(place) is not None
+    place.chmod(0o664)
+    assert kept_library.load(place) is None
+    kept_library.keep(place, content)
+    assert kept_library.load(place) is not None
+    place.parent.chmod(0o775)
+    assert kept_library.load(place) is None
+    assert kept_library.library_folder() == place.parent
+    assert kept_library.load(place) is not None, "closed again, being this user's own"
+    place.parent.chmod(0o1777)  # a common folder: nobody removes another's file
+    assert kept_library.load(place) is not None
+    assert not caplog.records
+    cache.chmod(0o775)
+    assert kept_library.load(place) is None
+    (group_folder / "tmp").mkdir()
+    (group_folder / "tmp").chmod(0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(group_folder / "tmp"))
+    own = kept_library.library_folder()
+    assert own.parent.name == "tmp"
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    assert f"chmod go-w {cache}" in caplog.text
+    kept_library.keep(own / "x.so", content)
+    assert kept_library.load(own / "x.so") is not None
+    assert all(name.startswith("/proc/self/fd/") for name in loaded)
+    assert len(set(loaded)) == len(loaded), "a loader takes an equal name for a library it has"
+
+
+def test_what_lies_below_a_closed_folder_is_out_of_reach(group_folder: Path) -> None:
+    place = group_folder / "closed" / "open" / "file"
+    place.parent.mkdir(parents=True)
+    place.touch(mode=0o644)
+    place.parent.chmod(0o777)
+    place.parent.parent.chmod(0o755)
+    assert writable_by_others(place) == place.parent
+    (group_folder / "link").symlink_to(place)
+    assert writable_by_others(group_folder / "link") == place.parent
+    place.parent.parent.chmod(0o700)
+    assert writable_by_others(place) is None
+    place.parent.chmod(0o1777)
+    place.parent.parent.chmod(0o755)
+    assert writable_by_others(place) is None
 
 
 def test_a_cache_that_cannot_be_written_costs_a_build_and_no_more(fresh: Path) -> None:

@@ -21,7 +21,8 @@ from radargate_pl import callbacks as package
 from radargate_pl.callbacks import ResultWriter, RotationAngleMonitor, RunCheckpoint, RunProgressBar, RunSummary
 from radargate_pl.callbacks.run_summary import write_summary
 from radargate_pl.networks import GatedNetwork
-from radargate_pl.provenance import git_state, installed_versions, peak_memory_bytes, redact_arguments
+from radargate_pl.provenance import git_state, installed_versions, peak_memory_bytes
+from radargate_pl.redaction import redact_arguments
 
 
 @pytest.fixture(scope="module")

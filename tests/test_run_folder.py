@@ -1,14 +1,17 @@
 """The run folder's own rules: secrets, configs that are kept, what counts as a run, what a checkpoint name means."""
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 
 from radargate_pl.checkpoint_files import write_checkpoint
+from radargate_pl.redaction import redact, redact_arguments, redact_text
 from radargate_pl.run_folder import (
     check_run_folder,
     config_changes,
     holds_run,
-    redact,
     resolve_checkpoint,
     stored_config,
     write_config,
@@ -29,6 +32,82 @@ def test_secrets_are_redacted_by_name_and_by_look():
         "hub_token": HIDDEN,
         "data": {"tasks": [f"https://{HIDDEN}@host/file.jsonl", HIDDEN], "max_new_tokens": 3, "tokenizer": "t"},
     }
+
+
+SECRET = {
+    "api_key": "a",
+    "accessToken": "b",
+    "tokens": ["c", "d"],
+    "auth": "Bearer e",
+    "headers": {"Authorization": "f", "X-Anything": "g"},
+    "password": 12345678901234,
+    "apiKeys": {"one": "h"},
+    "client_secret": "i",
+    "wandb_tokens": ["j"],
+}
+ORDINARY = {
+    "max_new_tokens": 3,
+    "special_tokens": ["<a>", "<b>"],
+    "tokenizer": "t",
+    "author": "me",
+    "pad_token": "</s>",
+    "token_budget": 4096,
+    "monkey": "m",
+    "sort_keys": True,
+    "password": None,
+    "headers": ["a", "b"],
+    "prompt": "Key: {source}\nToken:",
+    "url": "https://host/a?page=2",
+}
+
+
+def leaves(value):
+    if isinstance(value, dict | list):
+        return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in leaves(item)]
+    return [value]
+
+
+def test_secrets_go_by_every_name_and_in_every_form():
+    assert set(leaves(redact({"a": [{"init_args": SECRET}]}))) == {HIDDEN}
+    assert redact({"a": [{"init_args": ORDINARY}]}) == {"a": [{"init_args": ORDINARY}]}
+    hidden = redact({"auth": {"class_path": "my.Auth", "init_args": {"user": "x", "on": True}}})
+    assert hidden == {"auth": {"class_path": "my.Auth", "init_args": {"user": HIDDEN, "on": True}}}
+    urls = {"a": "redis://:p@ss@host/0", "b": "https://host/?api_key=SECRET&x=1", "c": "Basic YWJjZGVmZ2g="}
+    expected = {"a": f"redis://{HIDDEN}@host/0", "b": f"https://host/?api_key={HIDDEN}&x=1", "c": f"Basic {HIDDEN}"}
+    assert redact(urls) == expected
+
+
+@pytest.mark.parametrize("name", SECRET)
+def test_secrets_leave_arguments_in_every_form(name):
+    value, words = SECRET[name], []
+    written = value if isinstance(value, str) else json.dumps(value)
+    nested = {"class_path": "my.L", "init_args": {name: value, "project": "radar"}}
+    words += [f"--logger.init_args.{name}={written}", f"--logger.init_args.{name}", written]
+    words += ["--trainer.logger", json.dumps(nested), f"--trainer.logger={json.dumps([nested])}"]
+    shown = " ".join(redact_arguments(words))
+    found = [leaf for leaf in map(str, leaves(value)) if leaf in shown.replace(name, "").split('"')]
+    assert not found, shown
+    assert shown.count(HIDDEN) >= 4
+    assert shown.count("radar") == 2
+    assert "my.L" in shown
+
+
+def test_secrets_leave_yaml_on_the_command_line_and_lines_of_text():
+    word = "{class_path: my.L, init_args: {api_key: SECRET, tokens: [SECRET, b], auth: Bearer SECRET, project: radar}}"
+    (shown,) = redact_arguments([word])
+    assert "SECRET" not in shown
+    assert "project: radar" in shown
+    for line in ('{"accessToken": "SECRET"}', "accessToken: SECRET", "WANDB_API_KEY=SECRET", 'x: "api_key": "SECRET",'):
+        assert "SECRET" not in redact_text(line)
+    ordinary = [f"--data.{name}={value}" for name, value in ORDINARY.items() if name != "password"]
+    assert redact_arguments(ordinary) == ordinary
+    assert redact_arguments(["--data.prompt", "Key: {source}"]) == ["--data.prompt", "Key: {source}"]
+
+
+def test_configs_of_the_package_stay_as_they_are():
+    for path in Path(__file__).parents[1].glob("configs/**/*.yaml"):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert redact(config) == config, path
 
 
 def test_stored_config_holds_nothing_of_one_command_only():

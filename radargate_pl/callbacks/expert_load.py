@@ -1,6 +1,6 @@
 """Which experts a gate uses: share of the weight per expert, and how undecided the gate is."""
 
-from collections.abc import Iterable
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from radargate_pl.processes import gathered
 from radargate_pl.records import GateOutput
 from radargate_pl.step_logging import finished_steps_before, log_to_loggers
 
+MOST_SHARES = 10_000  # of single layers in one entry of the loggers
+
 
 class ExpertLoadMonitor(Callback):
     """Logs, per layer, each expert's share of the routed weight and the mean entropy of the weights.
@@ -18,7 +20,8 @@ class ExpertLoadMonitor(Callback):
     Every ``every_n_steps`` optimiser steps the loggers get ``gate/<layer>/load/<expert>`` (sums to 1 over the experts),
     ``gate/<layer>/entropy`` in nats (0 = one expert, log E = all alike), and their plain means over the layers,
     ``gate/load/<expert>`` and ``gate/entropy``. Each validation logs the means as ``val/load/<expert>`` and
-    ``val/gate_entropy``.
+    ``val/gate_entropy``. Where layers times experts are more than `MOST_SHARES`, the shares of each layer are left out;
+    their means and the entropies stay.
 
     Args:
         every_n_steps: optimiser steps between two entries in the loggers.
@@ -85,22 +88,21 @@ class _Loads:
             for path, (experts, sums) in found.items():
                 totals[path] = totals[path] + sums if path in totals else sums
                 self._experts[path] = experts
+        self._sums.clear()
+        return self._values(totals) if totals else {}
+
+    def _values(self, totals: dict[str, Tensor]) -> dict[str, float]:
         values: dict[str, float] = {}
+        shares: defaultdict[str, list[float]] = defaultdict(list)  # expert -> one number a layer
+        entropies = []
+        has_few = sum(len(self._experts[path]) for path in totals) <= MOST_SHARES
         for path, total in totals.items():
             *loads, entropy, _ = (total / total[-1].clamp_min(1)).tolist()
-            values |= {f"gate/{path}/load/{name}": load for name, load in zip(self._experts[path], loads, strict=True)}
+            named = list(zip(self._experts[path], loads, strict=True))
+            for name, load in named:
+                shares[name].append(load)
+            values |= {f"gate/{path}/load/{name}": load for name, load in named if has_few}
             values[f"gate/{path}/entropy"] = entropy
-        self._sums.clear()
-        return values | self._means_over_layers(values, list(totals)) if totals else values
-
-    def _means_over_layers(self, values: dict[str, float], layers: list[str]) -> dict[str, float]:
-        means = {"gate/entropy": _mean(values[f"gate/{path}/entropy"] for path in layers)}
-        for name in dict.fromkeys(name for path in layers for name in self._experts[path]):
-            present = (path for path in layers if name in self._experts[path])
-            means[f"gate/load/{name}"] = _mean(values[f"gate/{path}/load/{name}"] for path in present)
-        return means
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
+            entropies.append(entropy)
+        means = {f"gate/load/{name}": sum(of_layers) / len(of_layers) for name, of_layers in shares.items()}
+        return values | {"gate/entropy": sum(entropies) / len(entropies)} | means

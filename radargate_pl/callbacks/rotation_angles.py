@@ -17,6 +17,8 @@ from radargate_pl.records import AngleStatistics, GateOutput
 from radargate_pl.step_logging import finished_steps_before, log_to_loggers
 
 ANGLES_FILE = "angles.csv"
+OF_ANGLES = ("count", "angle_count", "mean_sum", "abs_sum", "square_sum", "beyond_sum")
+SUMS = (*OF_ANGLES, "cosine_count", "cosine_before", "cosine_after")
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,19 @@ def summarize_angles(statistics: AngleStatistics, expert: int | None = None) -> 
     Returns:
         The means; NaN where there was nothing to average.
     """
-    chosen = slice(None) if expert is None else expert
-    tokens = _sum(statistics.count, chosen)
-    angles = _sum(statistics.angle_count, chosen)
-    pairs = _sum(statistics.cosine_count, chosen)
-    return AngleSummary(
-        tokens=tokens,
-        angle_mean=_ratio(_sum(statistics.mean_sum, chosen), angles),
-        angle_mean_abs=_ratio(_sum(statistics.abs_sum, chosen), angles),
-        angle_rms=_ratio(_sum(statistics.square_sum, chosen), angles) ** 0.5,
-        beyond_quarter_pi=_ratio(_sum(statistics.beyond_sum, chosen), angles),
-        cosine_before=_ratio(_sum(statistics.cosine_before, chosen), pairs),
-        cosine_after=_ratio(_sum(statistics.cosine_after, chosen), pairs),
-    )
+    if expert is not None:
+        return summarize_experts(statistics)[expert]
+    return _summary(*(float(getattr(statistics, name).sum()) for name in SUMS))
+
+
+def summarize_experts(statistics: AngleStatistics) -> list[AngleSummary]:
+    """Turn sums into means, expert by expert; see `summarize_angles`.
+
+    Args:
+        statistics: sums over tokens of one layer.
+    """
+    columns = (_rows(getattr(statistics, name)) for name in SUMS)
+    return [_summary(*row) for row in zip(*columns, strict=True)]
 
 
 class RotationAngleMonitor(Callback):
@@ -185,8 +187,8 @@ class RotationAngleMonitor(Callback):
             path.parent.mkdir(parents=True, exist_ok=True)
             writer.writerow(["step", "layer", "expert", *AngleSummary.__dataclass_fields__])
         for layer, statistics in pool.items():
-            for index, expert in enumerate(self._experts[layer]):
-                writer.writerow([step, layer, expert, *astuple(summarize_angles(statistics, index))])
+            for expert, summary in zip(self._experts[layer], summarize_experts(statistics), strict=True):
+                writer.writerow([step, layer, expert, *astuple(summary)])
         with path.open("a") as file:
             file.write(text.getvalue())
 
@@ -221,8 +223,31 @@ def _on_cpu(statistics: AngleStatistics) -> AngleStatistics:
     return replace(statistics, **moved)
 
 
-def _sum(sums: Tensor, chosen: slice | int) -> float:
-    return float(sums[chosen].sum())
+def _rows(sums: Tensor) -> list[float]:
+    found: list[float] = sums.tolist() if sums.dim() == 1 else [float(row.sum()) for row in sums]
+    return found
+
+
+def _summary(
+    tokens: float,
+    angles: float,
+    mean: float,
+    absolute: float,
+    square: float,
+    beyond: float,
+    pairs: float,
+    before: float,
+    after: float,
+) -> AngleSummary:
+    return AngleSummary(
+        tokens=tokens,
+        angle_mean=_ratio(mean, angles),
+        angle_mean_abs=_ratio(absolute, angles),
+        angle_rms=_ratio(square, angles) ** 0.5,
+        beyond_quarter_pi=_ratio(beyond, angles),
+        cosine_before=_ratio(before, pairs),
+        cosine_after=_ratio(after, pairs),
+    )
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -17,8 +17,9 @@ from radargate_pl.callbacks.benchmark_writer import BenchmarkWriter
 from radargate_pl.callbacks.rotation_angles import RotationAngleMonitor
 from radargate_pl.metrics import mean_over_tasks
 from radargate_pl.preemption import EXIT_CODE, Preempted
-from radargate_pl.provenance import git_state, global_seed, installed_versions, peak_memory_bytes, redact_arguments
+from radargate_pl.provenance import git_state, global_seed, installed_versions, peak_memory_bytes
 from radargate_pl.quantization import number_of_weights
+from radargate_pl.redaction import redact_arguments
 
 SUMMARY_FILE = "summary.json"
 FORMAT_VERSION = 1

@@ -15,15 +15,12 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from radargate_pl.atomic_files import save_atomically
-from radargate_pl.cache_folder import cache_folder
+from radargate_pl.native.kept_library import keep, library_folder, load
 from radargate_pl.notices import say_once
 
 FOLDER = Path(__file__).parent
@@ -33,7 +30,6 @@ AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512")
 OF_PROCESSOR = {"AVX2": AVX2, "AVX512": AVX512}
 NARROW = "-mavx512bf16"  # products of 16-bit numbers; g++ before 10 does not know it
-DIGEST = hashlib.sha256().digest_size
 _LOCK = threading.Lock()
 SECONDS = 120  # for building: fifty times what it takes on a quiet machine
 
@@ -84,7 +80,7 @@ def attempt() -> Attempt:
 def _place(flags: tuple[str, ...]) -> Path:
     sources = [path.read_text(encoding="utf-8") for path in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")))]
     key = "\n".join([*sources, platform.machine(), *flags])
-    return cache_folder() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    return library_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
 
 def _flags() -> tuple[str, ...]:
@@ -95,11 +91,12 @@ def _flags() -> tuple[str, ...]:
 
 def _loaded(flags: tuple[str, ...]) -> ctypes.CDLL:
     place = _place(flags)
-    if _is_whole(place):
-        try:
-            return ctypes.CDLL(str(place))
-        except OSError:  # of a machine with another C library
-            pass
+    try:
+        library = load(place)
+        if library is not None:
+            return library
+    except OSError:  # of a machine with another C library
+        pass
     try:
         return _made(place, flags)
     except subprocess.CalledProcessError:
@@ -113,27 +110,8 @@ def _made(place: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
         built = _built(Path(folder), flags)
         # Loaded before it is kept: what does not load is not left for others.
         library = ctypes.CDLL(str(built))
-        content = built.read_bytes()
-        with suppress(OSError):  # a cache that cannot be written: every process builds its own
-            save_atomically(place, partial(_write, content + hashlib.sha256(content).digest()))
+        keep(place, built.read_bytes())
         return library
-
-
-def _is_whole(place: Path) -> bool:
-    """Whether the file is this user's or root's, others may write into a shared cache, and ends with its own digest.
-
-    The loader of a system does not notice half a file: it would die at the first page that is not there.
-    """
-    try:
-        content = place.read_bytes()
-        is_own = not hasattr(os, "getuid") or place.stat().st_uid in (os.getuid(), 0)
-    except OSError:
-        return False
-    return is_own and hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
-
-
-def _write(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
 
 
 def _built(folder: Path, flags: tuple[str, ...]) -> Path:
