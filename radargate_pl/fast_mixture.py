@@ -27,7 +27,7 @@ from radargate_pl.gates import Gate, Routing
 from radargate_pl.gates.base import ignores_latents
 from radargate_pl.mixture_operators import turned_mixture
 from radargate_pl.native.functions import is_native
-from radargate_pl.ops import dense_weights, gate_dtype
+from radargate_pl.ops import dense_weights, gate_dtype, is_transformed
 from radargate_pl.rotations import NoRotation, RadarRotation, Rotation
 
 Mixture = Literal["auto", "torch", "plain"]
@@ -116,7 +116,7 @@ def fold_for_graph(
 
 
 def _suits(bank: ExpertBank, combine: Combine, rotation: Rotation, active: tuple[int, ...] | None) -> bool:
-    if active is not None or bank.trainable or bank.in_blocks:
+    if active is not None or bank.trainable or bank.in_blocks or is_transformed():
         return False
     if bank.num_experts == 1 or type(combine) is not Combine or bank.lora_A.requires_grad or bank.lora_B.requires_grad:
         return False

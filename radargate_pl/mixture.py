@@ -12,7 +12,7 @@ from radargate_pl.combines import Combine
 from radargate_pl.experts import ExpertBank
 from radargate_pl.fast_mixture import Mixture, fast_mix, is_fast
 from radargate_pl.gates import Routing
-from radargate_pl.ops import dense_weights
+from radargate_pl.ops import dense_weights, is_transformed
 from radargate_pl.rotations import Rotation
 
 
@@ -165,7 +165,7 @@ def _stretched(
 def recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
     """Call a function whose intermediate tensors are made again in the backward pass instead of being kept."""
     # A compiler decides by itself what it keeps and what it makes again.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or is_transformed() or not torch.is_grad_enabled():
         return function(*args)
     result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return result

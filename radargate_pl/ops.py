@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 RMS_EPS = 1e-8
@@ -96,10 +97,25 @@ def select_top_k(logits: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tens
         return logits.softmax(-1), None
     indices = largest(logits.detach(), top_k)
     if renormalize:
-        is_compiled = torch.compiler.is_compiling()  # which keeps what it needs, and needs plain operations
+        is_compiled = torch.compiler.is_compiling() or is_transformed()  # which need plain operations
         kept = logits.gather(-1, indices) if is_compiled else _Gathered.apply(logits, indices)
         return kept.softmax(-1), indices
     return logits.softmax(-1).gather(-1, indices), indices
+
+
+def is_transformed() -> bool:
+    """Tell whether something follows torch's own operations alone: native code and hand-written backwards are hidden.
+
+    That is torch.func (vmap, grad, jvp), forward-mode derivatives, torch.jit.trace and make_fx. Not inside a compiler.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
 
 
 class _Gathered(torch.autograd.Function):
@@ -220,4 +236,6 @@ def one_hot_like(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Tenso
         >>> one_hot_like(torch.tensor([1]), 3, torch.float32)
         tensor([[0., 1., 0.]])
     """
+    if is_transformed():  # torch's own looks at the numbers, which vmap does not have
+        return (indices.unsqueeze(-1) == torch.arange(num_experts, device=indices.device)).to(dtype)
     return F.one_hot(indices, num_experts).to(dtype)

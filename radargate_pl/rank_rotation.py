@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from radargate_pl.experts import ExpertBank
 from radargate_pl.initialization import generator_for, uniform_parameter
-from radargate_pl.ops import gate_dtype, rotate
+from radargate_pl.ops import gate_dtype, is_transformed, rotate
 from radargate_pl.rotations import Rotation
 from radargate_pl.site import Site
 
@@ -69,7 +69,8 @@ class RankRotation(Rotation):
     def latents(self, latents: Tensor, x: Tensor, indices: Tensor | None) -> Tensor:
         """Rotate all experts' latents (..., E, r), in their own dtype."""
         angles = self.latent_angles(x)
-        return _Rotate.apply(latents.to(angles.dtype), angles).to(latents.dtype)
+        turned = rotate if is_transformed() else _Rotate.apply
+        return turned(latents.to(angles.dtype), angles).to(latents.dtype)
 
 
 class _Rotate(torch.autograd.Function):

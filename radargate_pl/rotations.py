@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from radargate_pl.experts import ExpertBank
 from radargate_pl.initialization import generator_for, uniform_parameter
-from radargate_pl.ops import rms_normalize, rotate
+from radargate_pl.ops import is_transformed, rms_normalize, rotate
 from radargate_pl.precision import Float32Module
 from radargate_pl.rotation_function import RadarRotationFunction
 from radargate_pl.site import Site
@@ -133,7 +133,7 @@ class RadarRotation(Rotation):
 
         Equals ``rotate(v, self.angles(v, total, expert))``; the angles returned carry no gradient.
         """
-        if torch.compiler.is_compiling():  # the compiler writes a backward pass of its own
+        if torch.compiler.is_compiling() or is_transformed():  # they write a backward pass of their own
             angles = self.angles(v, total, expert)
             return rotate(v, angles), angles.detach()
         P, Q, columns = self._factors(expert)

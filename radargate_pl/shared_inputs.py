@@ -17,6 +17,7 @@ from torch import Tensor
 from radargate_pl.decode_kinds import Kind, hooks_of, kind_of, settings_of
 from radargate_pl.decode_mixture import DecodeMixture
 from radargate_pl.native_decode import NativeDecodeMixture, suits_native
+from radargate_pl.ops import is_transformed
 from radargate_pl.remembered import Snapshot
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ def _is_decoding(layer: MoELinear, x: Tensor) -> bool:
         and layer.mixture != "plain"
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
+        and not is_transformed()
     )
 
 
