@@ -370,10 +370,14 @@ class TestErrors:
         [
             (["--trainer.logger", "my_parts.NoLogger"], 1, "my_parts.NoLogger: the file store is gone"),
             (["--trainer.callbacks", "my_parts.NoCallback"], 1, "my_parts.NoCallback: 'nothing'"),
-            (["--trainer.strategy", "dp"], 1, "You selected an invalid strategy name: `strategy='dp'`."),
+            (["--trainer.strategy", "dp"], 2, "You selected an invalid strategy name: `strategy='dp'`."),
             (["--model.network.new_experts.alpha", "0"], 1, "alpha to be a number other than 0, but got 0.0."),
             (["--model.max_new_tokens", "0"], 1, "Expected max_new_tokens to be at least 1, but got 0."),
-            (["--model.optimizer.dict_kwargs", "{foo: 1}"], 1, "TypeError: AdamW.__init__() got an unexpected keyword"),
+            (
+                ["--model.optimizer.dict_kwargs", "{foo: 1}"],
+                1,
+                "model.optimizer: AdamW.__init__() got an unexpected keyword",
+            ),
             (["--seed_everything", "-1"], 2, "seed_everything: expected 0 to 4294967295, found -1."),
             (["--trainer.default_root_dir", "null"], 2, "default_root_dir: expected the run folder, found None."),
         ],

@@ -5,6 +5,7 @@ import torch
 from tiny_models import FIVE, assert_same_gradients, batch_of, gradients, left_padded, loss_of, network_of
 
 from radargate_pl.block_recomputation import recompute_blocks
+from radargate_pl.gates import Context
 
 TRAINED = {"gate": ("radar", {}), "experts": ("task", {"train": "experts", "dropout": 0.3})}
 
@@ -71,7 +72,7 @@ def test_a_backbone_without_blocks_is_refused_by_name():
         pass
 
     with pytest.raises(ValueError, match="blocks can be recomputed, but Unchecked has none"):
-        recompute_blocks(Unchecked(1, 1), {})
+        recompute_blocks(Unchecked(1, 1), {}, Context())
 
 
 def test_it_can_be_asked_for_later_and_twice():

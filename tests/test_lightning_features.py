@@ -10,12 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from tiny_runs import trainer, two_row_batches
 
 from radargate_pl.checkpoint_files import damage, second_name
 from radargate_pl.cli import main
+from radargate_pl.fit_checks import check_trainer
+from radargate_pl.module import AdaptedLM
 from radargate_pl.parameter_groups import optimizer_and_schedule
 
 DEBUG = ("fit", "--config", "configs/debug.yaml", "--rotation_angles.warn_below", "0")
+
+
+class Averages(EMAWeightAveraging):
+    """Somebody's own."""
+
+
 LIGHTNING = "lightning.pytorch.callbacks."
 
 
@@ -36,29 +46,78 @@ def callback(name: str, **arguments: Any) -> tuple[str, str]:
     return "--trainer.callbacks", json.dumps([{"class_path": LIGHTNING + name, "init_args": arguments}])
 
 
+ALL_AT_ONCE = {
+    "callbacks": [
+        {"class_path": LIGHTNING + name, "init_args": arguments}
+        for name, arguments in {
+            "StochasticWeightAveraging": {"swa_lrs": 0.01},
+            "EMAWeightAveraging": {"decay": 0.5},
+            "BatchSizeFinder": {"max_trials": 2},
+            "LearningRateFinder": {},
+            "ModelPruning": {"pruning_fn": "l1_unstructured", "amount": 0.5},
+            "BackboneFinetuning": {},
+        }.items()
+    ],
+    "plugins": [{"class_path": "lightning.pytorch.plugins.io.AsyncCheckpointIO"}],
+    "gradient_clip_val": -1,
+    "overfit_batches": 2,
+}
+
+
+def test_everything_that_cannot_work_is_named_at_once(attempt, tmp_path: Path) -> None:
+    code, err = attempt(*(f"--trainer.{name}={json.dumps(value)}" for name, value in ALL_AT_ONCE.items()))
+    assert code == 1
+    for sentence in (
+        "StochasticWeightAveraging: it copies the model before",
+        "EMAWeightAveraging: it would average gate/",
+        "BatchSizeFinder: its trial steps",
+        "LearningRateFinder: this module has no lr",
+        "ModelPruning: it prunes",
+        "BackboneFinetuning: it freezes parts before",
+        "trainer.plugins without AsyncCheckpointIO",
+        "trainer.gradient_clip_val to be positive, or 0 or null for no clipping, but got -1",
+        "data.init_args.max_examples",
+    ):
+        assert sentence in err
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"gradient_clip_val": -0.5, "gradient_clip_algorithm": "value"}, "gradient_clip_val"),
+        ({"gradient_clip_val": math.nan}, "gradient_clip_val"),
+        ({"accumulate_grad_batches": -2}, "accumulate_grad_batches"),
+        ({"val_check_interval": 0}, "val_check_interval"),
+        ({"val_check_interval": 0.0}, "val_check_interval"),
+        ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch"),
+        ({"overfit_batches": 0.5}, "overfit_batches"),
+    ],
+)
+def test_a_trainer_of_ones_own_is_checked_too(tmp_path: Path, options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        trainer(tmp_path, max_steps=1, **options).fit(
+            AdaptedLM(lambda tasks: pytest.fail("built")), datamodule=two_row_batches()
+        )
+
+
+@pytest.mark.parametrize("callback", [WeightAveraging(), Averages()])
+def test_averages_of_ones_own_are_refused(tmp_path: Path, callback: Any) -> None:
+    with pytest.raises(ValueError, match=f"without {type(callback).__name__}: it would average gate/"):
+        check_trainer(trainer(tmp_path, max_steps=1, callbacks=[callback]))
+
+
+@pytest.mark.parametrize("limit", [None, 0, 0.0, 1.0, math.inf])
+def test_limits_that_clip_or_do_not_are_taken(tmp_path: Path, limit: float | None) -> None:
+    check_trainer(
+        trainer(tmp_path, max_steps=1, gradient_clip_val=limit, val_check_interval=2, check_val_every_n_epoch=None)
+    )
+
+
 REFUSED = {
-    "clipping that turns gradients round": (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val to be pos"),
-    "clipping at NaN": (["--trainer.gradient_clip_val=.nan"], "trainer.gradient_clip_val to be positive"),
-    "micro-batches": (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches to be positive"),
-    "negative micro-batches": (["--trainer.accumulate_grad_batches=-2"], "accumulate_grad_batches to be positive"),
-    "validations without end": (["--trainer.val_check_interval=0"], "trainer.val_check_interval to be positive"),
-    "validations every 0 epochs": (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch to be positive"),
-    "overfit": (["--trainer.overfit_batches=2"], "data.init_args.max_examples"),
-    "overfit, a share": (["--trainer.overfit_batches=0.5"], "data.init_args.max_examples"),
     "no steps": (["--trainer.max_steps=0"], "trainer.max_steps: 0, with which nothing trains"),
     "no epochs": (["--trainer.max_epochs=0"], "trainer.max_epochs: 0, with which nothing trains"),
     "no batches": (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches: 0, with which nothing trains"),
-    "stochastic averages": (callback("StochasticWeightAveraging", swa_lrs=0.01), "StochasticWeightAveraging: it"),
-    "running averages": (callback("EMAWeightAveraging", decay=0.5), "EMAWeightAveraging: it would average gate/"),
-    "averages": (callback("WeightAveraging"), "WeightAveraging: it would average gate/"),
-    "batch size": (callback("BatchSizeFinder", max_trials=2), "BatchSizeFinder: its trial steps"),
-    "learning rate": (callback("LearningRateFinder"), "LearningRateFinder: there is no lr"),
-    "pruning": (callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.5), "ModelPruning: it prunes"),
-    "finetuning": (callback("BackboneFinetuning"), "BackboneFinetuning: it freezes parts before"),
-    "later files": (
-        ["--trainer.plugins", json.dumps([{"class_path": "lightning.pytorch.plugins.io.AsyncCheckpointIO"}])],
-        "trainer.plugins without AsyncCheckpointIO",
-    ),
     "one device of two": (["--trainer.strategy=single_device", "--trainer.devices=2"], "single_device trains on one"),
     "bare bones": (["--trainer.barebones=true"], "trainer.barebones: expected false"),
     "parallel by data": (["--trainer.strategy=dp"], "configuration: trainer: You selected an invalid strategy"),
@@ -95,10 +154,17 @@ def test_what_cannot_work_is_refused_before_the_first_step(attempt, tmp_path: Pa
 
 
 WORKS = {
-    "a limit": ["--trainer.gradient_clip_val=0"],
-    "a clock": callback("Timer", duration="00:00:10:00"),
-    "a bar of one's own": callback("TQDMProgressBar", refresh_rate=2),
-    "a monitor of a task": callback("EarlyStopping", monitor="val/letter_counting/loss"),
+    "a clock, a bar of one's own, the monitor of a task": [
+        "--trainer.callbacks",
+        json.dumps(
+            [
+                {"class_path": LIGHTNING + "Timer", "init_args": {"duration": "00:00:10:00"}},
+                {"class_path": LIGHTNING + "TQDMProgressBar", "init_args": {"refresh_rate": 2}},
+                {"class_path": LIGHTNING + "EarlyStopping", "init_args": {"monitor": "val/letter_counting/loss"}},
+            ]
+        ),
+        "--trainer.gradient_clip_val=0",
+    ],
     "a long cycle": [
         "--model.lr_scheduler=OneCycleLR",
         "--model.lr_scheduler.max_lr=0.1",

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from radargate_pl.backbones import supports_bfloat16
-from radargate_pl.provenance import git_state, installed_versions, redact_arguments
+from radargate_pl.provenance import git_state, installed_versions
+from radargate_pl.redaction import redact_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 
