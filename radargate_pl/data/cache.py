@@ -122,21 +122,25 @@ def write_encoded(key: str, encoded: Encoded) -> bool:
     """
     path = _path(key)
     try:
-        make_shared_folder(path.parent)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{key[:16]}-", suffix=".tmp")
+        _write_beside_and_rename(path, encoded)
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
-        _say_not_writable(str(path.parent), str(error))
+        _say_not_writable(str(path.parent), error.strerror or str(error))
         return False
+    return True
+
+
+def _write_beside_and_rename(path: Path, encoded: Encoded) -> None:
+    make_shared_folder(path.parent)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:16]}-", suffix=".tmp")
     os.close(handle)
     try:
         save_file({field.name: getattr(encoded, field.name) for field in fields(Encoded)}, name)
         Path(name).chmod(0o666 & ~umask())  # mkstemp makes files that only this user can read
-        Path(name).replace(path)
+        Path(name).replace(path)  # refused where another user's file lies in a folder with the sticky bit
     finally:
         Path(name).unlink(missing_ok=True)
-    return True
 
 
 @lru_cache
