@@ -118,3 +118,25 @@ def test_two_threads_do_not_mix_their_ids() -> None:
     assert "one thread at a time" in str(caught[0])
     run()
     assert len(caught) == 1
+
+
+def test_threads_that_overlapped_are_no_hindrance_later() -> None:
+    """Without ids they may; whoever leaves last was not the first to enter."""
+    network, batch = network_of("llama", "radar").eval(), batch_of("llama", (4, 4))
+    first, second = threading.Event(), threading.Event()
+
+    def enter_first() -> None:
+        with network.context.batch():
+            first.set()
+            second.wait(10)
+
+    thread = threading.Thread(target=enter_first)
+    thread.start()
+    first.wait(10)
+    with network.context.batch():
+        second.set()
+        thread.join()
+    network(**batch)
+    with network.context.batch(expert=batch["expert"]), network.context.batch(expert=batch["expert"]):
+        network(**batch)
+    assert not network.context.threads

@@ -30,14 +30,14 @@ class Context:
         tokens: stream name to the mask of real tokens, (examples, length) bool.
         active: the distinct ids in ``expert``, read once per batch so that no layer waits for the device.
         is_over: whether the call that they were given for has ended.
-        thread: which is inside such a call.
+        threads: those inside such a call, once for each call.
     """
 
     expert: Tensor | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)
     active: tuple[int, ...] | None = None
     is_over: bool = False
-    thread: int | None = None
+    threads: list[int] = field(default_factory=list)
 
     def replace(self, expert: Tensor | None = None, tokens: dict[str, Tensor] | None = None) -> None:
         """Take over the ids and masks of the next batch."""
@@ -62,18 +62,19 @@ class Context:
             yield
             self.is_over = True
             return
-        outer, knows = self.thread, expert is not None or tokens or self.expert is not None or self.tokens
-        if knows and outer not in (None, threading.get_ident()):
+        own, knows = threading.get_ident(), expert is not None or tokens or self.expert is not None or self.tokens
+        if knows and any(thread != own for thread in self.threads):
             raise RuntimeError(
                 "Expected one thread at a time inside a network whose batches carry expert ids or masks, but another "
                 "is inside. Guard the calls with a lock, or give each thread copy.deepcopy(network)."
             )
-        self.thread = threading.get_ident()
+        self.threads.append(own)
         try:
             self.replace(expert, tokens)
             yield
         finally:
-            self.is_over, self.thread = True, outer
+            self.is_over = True
+            self.threads.remove(own)
 
     def leave_behind(self, *_: Any) -> None:
         """Forget what belongs to a call that has ended: a hook on what may be called by itself."""
